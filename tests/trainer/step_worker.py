@@ -1,0 +1,85 @@
+"""Run by torchrun from test_step.py: gradients of one step under FSDP2, gathered and saved by rank
+0.
+
+step_worker.py OUT PACKING TIE    PACKING: packed (many documents a pack) or single (one document a
+pack)
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from longcot.data.batch import pack_documents
+from longcot.data.packing import plan_step
+from longcot.trainer.loop import train_step
+from longcot.trainer.model import Decoder, DecoderConfig
+from longcot.trainer.parallel import shard, start_world
+
+SHAPE = DecoderConfig(
+    vocab_size=131, hidden_size=40, intermediate_size=72, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=10,
+    max_position_embeddings=256, tie_embeddings=sys.argv[3] == "tied",
+)  # fmt: skip
+
+
+class KeepGradients(torch.optim.SGD):
+    """Does not step: the test compares what the optimizer would have been given."""
+
+    def step(self, closure=None):
+        self.gradients = [
+            group_parameter.grad.full_tensor().clone()
+            for group in self.param_groups
+            for group_parameter in group["params"]
+        ]
+
+
+def main(out: Path, packing: str) -> None:
+    world = start_world()
+    model = Decoder(SHAPE, "sdpa")
+    model.initialize(7)
+    names = [name for name, _ in model.named_parameters()]
+    shard(model, world.mesh, torch.float32)
+    generator = np.random.default_rng(0)
+    lengths = np.array([3, 60, 17, 120, 41, 8, 77, 30])
+    documents = [generator.integers(0, 131, length) for length in lengths]
+    prompts = [1, 50, 4, 2, 30, 7, 11, 3]  # target counts differ by a hundredfold
+    plan = plan_step(
+        0,
+        lengths=lengths,
+        num_targets=lengths - prompts,
+        sequences_per_step=8,
+        tokens_per_pack=200 if packing == "packed" else 120,
+        world_size=world.size,
+        seed=None,
+    )
+    packs = plan.packs[world.rank]
+    if packing == "single":
+        packs = tuple((i,) for pack in packs for i in pack)
+        counts = [len(packs)]
+        dist.all_reduce(most := torch.tensor(counts), op=dist.ReduceOp.MAX)
+        assert most.item() == counts[0], "the plan above gives both ranks as many documents"
+    batches = [
+        pack_documents([documents[i] for i in pack], [prompts[i] for i in pack]) for pack in packs
+    ]
+    optimizer = KeepGradients(model.parameters(), lr=1.0)
+    loss, norm = train_step(
+        model,
+        optimizer,
+        batches,
+        num_targets=plan.num_targets,
+        max_gradient_norm=1e9,
+        device=world.device,
+    )
+    if world.rank == 0:
+        gradients = dict(zip(names, optimizer.gradients, strict=True))
+        torch.save(
+            {"loss": loss, "norm": norm, "micro_steps": len(batches), "gradients": gradients}, out
+        )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,136 @@
+"""Every setting of a run, its unit and default; recipes fill it in, the command line overrides it.
+
+The config stops at `trainer/main.py`: everything below takes explicit arguments.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """A Qwen3 from random weights; the vocabulary comes from the tokenizer."""
+
+    hidden_size: int = 160
+    """Width D of the residual stream."""
+    intermediate_size: int = 480
+    """Width F between a block's two feed-forward matmuls."""
+    num_layers: int = 4
+    """Blocks."""
+    num_heads: int = 5
+    """Query heads of each block."""
+    num_kv_heads: int = 5
+    """Key and value heads; query heads are shared out among them."""
+    head_dim: int = 32
+    """Size K of a head."""
+    max_position_embeddings: int = 1024
+    """Longest context in tokens, prompt and response, in training and sampling."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    tie_embeddings: bool = True
+    """One matrix for the embedding and the head."""
+    attention: Literal["auto", "torch_varlen", "sdpa"] = "auto"
+    """Attention backend; auto picks by device and says what it picked."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the matmuls; master weights, gradients and Adam states are fp32 either way."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSection:
+    """What is trained on, and how it is cut into steps."""
+
+    path: Path = Path("runs/data/countdown")
+    """Folder with train.jsonl, heldout.jsonl and tokenizer/."""
+    sequences_per_step: int = 64
+    """Rows of one optimizer step, over all ranks."""
+    tokens_per_pack: int = 8192
+    """Most tokens in one pack, which a rank holds at a time. Longer rows are dropped and listed."""
+    shuffle: bool = True
+    """Shuffle every epoch anew, by seed; otherwise file order, as in the paper."""
+    seed: int = 0
+    """Decides the order of the rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerSection:
+    """AdamW on all parameters, the gradient clipped by its global norm."""
+
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    warmup_ratio: float = 0.1
+    """Share of the steps in which the rate rises linearly from 0."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up."""
+    min_learning_rate_ratio: float = 0.05
+    """Where the cosine ends, as a share of the peak."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.98
+    """Decay of the mean of squared gradients."""
+    weight_decay: float = 0.01
+    """Decoupled, on every parameter, norms and embeddings included, as in the paper."""
+    max_gradient_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSection:
+    """Where the run lives, how long it is, what it keeps."""
+
+    folder: Path = Path("runs/demo")
+    """Run directory: manifest.json, metrics.jsonl, checkpoints/."""
+    num_steps: int = 640
+    """Optimizer steps."""
+    checkpoint_steps: tuple[int, ...] = (0, 640)
+    """Steps after which the model is saved, 0 for before training; the last step always is."""
+    checkpoint_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of saved models."""
+    seed: int = 0
+    """Decides the initial weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One training run."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    run: RunSection = field(default_factory=RunSection)
+
+
+def check(config: Config) -> None:
+    """Refuse settings that cannot work, before anything is made.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+    at_least_one = {
+        "model.num_layers": config.model.num_layers,
+        "model.hidden_size": config.model.hidden_size,
+        "data.sequences_per_step": config.data.sequences_per_step,
+        "data.tokens_per_pack": config.data.tokens_per_pack,
+        "run.num_steps": config.run.num_steps,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, it must be at least 1")
+    for name, value in (
+        ("optimizer.learning_rate", config.optimizer.learning_rate),
+        ("optimizer.max_gradient_norm", config.optimizer.max_gradient_norm),
+    ):
+        if not value > 0:
+            raise ValueError(f"{name} is {value}, it must be above 0")
+    for name, value in (
+        ("optimizer.warmup_ratio", config.optimizer.warmup_ratio),
+        ("optimizer.min_learning_rate_ratio", config.optimizer.min_learning_rate_ratio),
+    ):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}, it must lie between 0 and 1")
+    outside = [s for s in config.run.checkpoint_steps if not 0 <= s <= config.run.num_steps]
+    if outside:
+        raise ValueError(
+            f"run.checkpoint_steps names {outside}, outside 0 to run.num_steps "
+            f"{config.run.num_steps}"
+        )

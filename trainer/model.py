@@ -1,0 +1,187 @@
+"""The decoder, for packed tokens only: every tensor is (T, ...), documents one behind the other.
+
+    x = embed(tokens)
+    for each block:  x += attention(norm(x));  x += feed_forward(norm(x))
+    logits = norm(x) head^T
+
+Query, key and value share one matmul, and so do gate and up: the same dot products in the same
+order, so the results are those of separate matmuls. This is the one place where kernels meet
+modules.
+
+T packed tokens, D model, H query heads, G key heads, K head size, F feed-forward size, V
+vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import PackedBatch
+from ..kernels.attention import Backend, varlen_attention
+from ..kernels.linear_cross_entropy import linear_cross_entropy
+from ..kernels.rms_norm import rms_norm
+from ..kernels.rope import apply_rope, rope_tables
+from ..kernels.swiglu import swiglu
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig:
+    """A model's shape, in the field's usual words."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 1_000_000.0
+    rms_norm_epsilon: float = 1e-6
+    qk_norm: bool = True
+    """Normalise each query and key head (Qwen3)."""
+    tie_embeddings: bool = True
+    """One matrix is both the embedding and the head."""
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: RoPE turns pairs")
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig, backend: Backend) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.head_counts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        self.backend: Backend = backend
+        self.qkv_proj = nn.Linear(
+            config.hidden_size, sum(self.head_counts) * config.head_dim, bias=False
+        )
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm = (
+            RMSNorm(config.head_dim, config.rms_norm_epsilon) if config.qk_norm else nn.Identity()
+        )
+        self.k_norm = (
+            RMSNorm(config.head_dim, config.rms_norm_epsilon) if config.qk_norm else nn.Identity()
+        )
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Tensor:
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split(self.head_counts, dim=1)
+        q = apply_rope(self.q_norm(q), cos, sin)
+        k = apply_rope(self.k_norm(k), cos, sin)
+        return self.o_proj(
+            varlen_attention(q, k, v, cu_seqlens, max_seqlen, self.backend).flatten(1)
+        )
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(swiglu(gate, up))
+
+
+class Block(nn.Module):
+    def __init__(self, config: DecoderConfig, backend: Backend) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon)
+        self.attention = Attention(config, backend)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Tensor:
+        x = x + self.attention(self.input_norm(x), cos, sin, cu_seqlens, max_seqlen)
+        return x + self.feed_forward(self.post_attention_norm(x))
+
+
+class Head(nn.Module):
+    """The output matrix and its loss; logits exist only inside, a chunk at a time."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        return head_loss(hidden, self.weight, batch)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DecoderConfig, attention_backend: Backend) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(
+            Block(config, attention_backend) for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon)
+        self.head = None if config.tie_embeddings else Head(config)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Sum of the pack's token losses, () fp32, to be divided by the global target count."""
+        hidden = self.hidden(batch)
+        if self.head is not None:
+            return self.head(hidden, batch)
+        return head_loss(hidden, self.embedding.weight, batch)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """The normed states that the head reads, (T, D)."""
+        x = self.embedding(batch.input_ids)
+        cos, sin = rope_tables(batch.position_ids, self.inverse_frequencies(x.device), x.dtype)
+        for block in self.blocks:
+            x = block(x, cos, sin, batch.cu_seqlens, batch.max_seqlen)
+        return self.norm(x)
+
+    def inverse_frequencies(self, device: torch.device) -> Tensor:
+        """(K/2,) fp32; made anew, so that no buffer has to survive sharding or the meta device."""
+        steps = torch.arange(0, self.config.head_dim, 2, device=device, dtype=torch.float32)
+        return self.config.rope_theta ** (-steps / self.config.head_dim)
+
+    @torch.no_grad()
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """(T, V), all at once: for tests on small models, not for training."""
+        return self.hidden(batch) @ (self.embedding if self.head is None else self.head).weight.T
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draw all weights: N(0, 0.02), residual outputs scaled down by depth (GPT-2), norms one.
+
+        A function of `seed` and the shape alone: every rank draws the same whole model before it is
+        sharded.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / (2 * self.config.num_layers) ** 0.5 if residual else 0.02
+                nn.init.normal_(parameter, std=std, generator=generator)
+
+
+def head_loss(hidden: Tensor, weight: Tensor, batch: PackedBatch) -> Tensor:
+    loss_sum, _ = linear_cross_entropy(
+        hidden, weight, batch.targets, batch.weights, num_targets=batch.num_targets
+    )
+    return loss_sum
