@@ -32,9 +32,9 @@ NPROC ?= $(or $(if $(filter gpu,$(EXTRA)),$(filter-out 0,$(VISIBLE_GPUS))),2)
 THREADS := $(shell echo $$(( $(NUM_CORES) > $(NPROC) ? $(NUM_CORES) / $(NPROC) : 1 )))
 TORCHRUN := OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node $(NPROC)
 
-SMOKE_DATA_FLAGS ?= --num-examples 2000
+SMOKE_DATA_FLAGS ?= --num-train 500 --num-heldout 20
 SMOKE_TRAIN_FLAGS ?=
-SMOKE_EVAL_FLAGS ?=
+SMOKE_EVAL_FLAGS ?= --max-tokens 64
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

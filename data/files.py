@@ -18,7 +18,12 @@ PARTIAL_SUFFIX = ".partial"
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Replace `path` by a file that holds `text` (UTF-8).
+    """`write_bytes_atomic` of `text` in UTF-8."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: str | Path, content: bytes) -> None:
+    """Replace `path` by a file that holds `content`.
 
     Raises:
         OSError: the folder cannot be written or the disk is full; the old file, if any, is
@@ -27,8 +32,8 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

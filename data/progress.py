@@ -19,6 +19,7 @@ class Progress:
         self._label, self._total, self._rate_unit = label, total, rate_unit
         self._done, self._amount = 0, 0
         self._started = self._last_line = time.perf_counter()
+        self._note = ""
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=label, dynamic_ncols=True, file=sys.stderr)
@@ -27,13 +28,22 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the bar, or print the last line."""
         if self._bar is not None:
             self._bar.close()
         elif self._done == self._total:
             self._print_line()
 
-    def advance(self, num_items: int, amount: int) -> None:
-        """Count `num_items` more done, which took `amount` of the rate's unit; cheap to call."""
+    def advance(self, num_items: int, amount: int, note: str = "") -> None:
+        """Count `num_items` more done, which took `amount` of the rate's unit; cheap to call.
+
+        Args:
+            note: shown beside the rate, for example the loss.
+        """
+        self._note = f", {note}" if note else ""
         self._done += num_items
         self._amount += amount
         now = time.perf_counter()
@@ -46,7 +56,7 @@ class Progress:
 
     def _rate(self, now: float) -> str:
         elapsed_seconds = max(now - self._started, 1e-9)
-        return f"{self._amount / elapsed_seconds:,.0f} {self._rate_unit}/s"
+        return f"{self._amount / elapsed_seconds:,.0f} {self._rate_unit}/s{self._note}"
 
     def _print_line(self) -> None:
         now = self._last_line = time.perf_counter()

@@ -4,12 +4,11 @@ Everything is read from the run directory, and each file is written whole or not
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.files import write_json_atomic, write_text_atomic
+from ..data.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from .charts import CHARTS, Curves, chart_png, overview_png
 from .generate import Job
 from .page import render_page
@@ -43,8 +42,8 @@ def write_report(run: Path, jobs: Sequence[Job], manifest: dict[str, Any]) -> Pa
     summary = summarize(run, results, manifest)
     page = render_page(run, [job for job, _ in done], curves, summary, manifest)
     for name in CHARTS:
-        _write_bytes_atomic(run / f"{name}.png", chart_png(name, curves))
-    _write_bytes_atomic(run / "overview.png", overview_png(curves))
+        write_bytes_atomic(run / f"{name}.png", chart_png(name, curves))
+    write_bytes_atomic(run / "overview.png", overview_png(curves))
     write_json_atomic(run / "summary.json", summary)
     write_text_atomic(run / "report.html", page)
     return run / "report.html"
@@ -92,16 +91,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: not a row of metrics ({error!r})") from error
     return rows
-
-
-def _write_bytes_atomic(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
