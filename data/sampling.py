@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .chat import load_tokenizer
+from .internlm2 import register_internlm2
 from .model_files import model_config, model_signature
 from .progress import Progress
 
@@ -221,6 +222,26 @@ class Engine:
             if waiting and self._llm is not None:
                 engine.abort_request(sorted(waiting))
 
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability, in nats, of each token of each prompt but the first.
+
+        Raises:
+            RuntimeError: vLLM failed; its log is named.
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+        with self._explained("vLLM failed while scoring prompts"):
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False
+            )
+        return [
+            [found[token].logprob for token, found in zip(prompt[1:], ranks[1:], strict=True)]
+            for prompt, ranks in zip(
+                prompts, (output.prompt_logprobs for output in outputs), strict=True
+            )
+        ]
+
     def close(self) -> None:
         """Stop vLLM and its processes; does nothing the second time."""
         if self._llm is not None:
@@ -284,6 +305,7 @@ def _start_vllm(model: Path, dtype: str | None, seed: int) -> Any:
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    register_internlm2()
     on_cpu = current_platform.is_cpu()
     if on_cpu:
         # Scheduling in this process: one process less to start, and the same batches every time.

@@ -131,7 +131,10 @@ def _build(
     }
     with publish_directory(folder) as partial:
         for name, array in arrays.items():
-            np.save(partial / f"{name}.npy", array)
+            try:
+                np.save(partial / f"{name}.npy", array)
+            except OSError as error:  # numpy's names neither the file nor the reason
+                raise OSError(f"{folder}/{name}.npy cannot be written: {error}") from error
         manifest = {
             "key": key,
             "source": str(source),

@@ -6,6 +6,7 @@ checkpoints/step-000080/complete.json  {"step": 80, "files": {"model/config.json
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,30 +26,31 @@ def save_model(
     run_folder: Path,
     step: int,
     *,
+    raw_config: dict[str, Any],
     tokenizer_path: Path,
     dtype: torch.dtype,
 ) -> None:
-    """Export the model after optimizer step `step`. A collective; rank 0 writes.
+    """Export the model after optimizer step `step`. A collective: every rank writes its part.
 
     Raises:
         OSError: the disk is full or read-only; nothing half-written stays behind under the final
             name.
     """
-    is_writer = dist.get_rank() == 0
+    is_first = dist.get_rank() == 0
     final = checkpoint_folder(run_folder, step)
     partial = final.with_name(f".{final.name}{PARTIAL_SUFFIX}")
-    if is_writer:
+    if is_first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     try:
         weights.export(
             model,
             partial / "model",
+            raw_config=raw_config,
             tokenizer_path=tokenizer_path,
             dtype=dtype,
-            is_writer=is_writer,
         )
-        if is_writer:
+        if is_first:
             files = {
                 str(file.relative_to(partial)): file.stat().st_size
                 for file in sorted(partial.rglob("*"))
@@ -57,7 +59,7 @@ def save_model(
             write_json_atomic(partial / "complete.json", {"step": step, "files": files})
             finish_directory(partial, final)
     except BaseException:
-        if is_writer:
+        if is_first:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     dist.barrier()  # no rank runs ahead of a checkpoint that the others believe written

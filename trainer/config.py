@@ -10,8 +10,11 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSection:
-    """A Qwen3 from random weights; the vocabulary comes from the tokenizer."""
+    """A base to fine-tune, or the shape of a Qwen3 to train from random weights."""
 
+    path: Path | None = None
+    """Hugging Face directory of the base, with its tokenizer. None: random weights of the shape
+    below, whose vocabulary comes from the data's tokenizer; with a base the shape is the base's."""
     hidden_size: int = 160
     """Width D of the residual stream."""
     intermediate_size: int = 480

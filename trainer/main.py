@@ -6,7 +6,8 @@ Also runs as one process: `python trainer/main.py RECIPE`. `RECIPE --help` expla
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 try:
     from longcot.trainer.config import Config, check
@@ -54,7 +55,7 @@ def run(recipe: str, config: Config) -> None:
     """
     import torch
 
-    from longcot.data.files import write_json_atomic
+    from longcot.data.files import check_manifest, write_json_atomic
     from longcot.trainer.checkpoints import save_model
     from longcot.trainer.loop import StepResult, train
     from longcot.trainer.metrics import StepLog
@@ -62,12 +63,16 @@ def run(recipe: str, config: Config) -> None:
     from longcot.trainer.parallel import start_world
 
     started = time.perf_counter()
+    data_identity = check_manifest(config.data.path, "build it with `python -m longcot.data`")
+    raw = raw_config(config)
     world = start_world()
-    dataset = prepare(recipe, config, world)
+    dataset = prepare(
+        recipe, config, data_identity["sha256"], raw["max_position_embeddings"], world
+    )
     if dataset is None:
         return
     folder, num_steps, settings = config.run.folder, config.run.num_steps, config.optimizer
-    model = build_model(recipe, config, world, dataset)
+    model = build_model(recipe, config, world, dataset, raw)
     optimizer = build_adamw(
         model.parameters(),
         learning_rate=settings.learning_rate,
@@ -80,9 +85,14 @@ def run(recipe: str, config: Config) -> None:
 
     def save(step: int) -> None:
         if step in config.run.checkpoint_steps or step == num_steps:
-            tokenizer_path = config.data.path / "tokenizer"
-            dtype = getattr(torch, config.run.checkpoint_dtype)
-            save_model(model, folder, step, tokenizer_path=tokenizer_path, dtype=dtype)
+            save_model(
+                model,
+                folder,
+                step,
+                raw_config=raw,
+                tokenizer_path=tokenizer_path(config),
+                dtype=getattr(torch, config.run.checkpoint_dtype),
+            )
 
     def after_step(result: StepResult) -> None:
         if log:
@@ -118,16 +128,16 @@ def run(recipe: str, config: Config) -> None:
         print(f"finished {num_steps} steps in {seconds:.1f} s: {folder}")
 
 
-def prepare(recipe: str, config: Config, world: "World") -> "TokenizedDataset | None":
+def prepare(
+    recipe: str, config: Config, identity: dict[str, str], context_tokens: int, world: "World"
+) -> "TokenizedDataset | None":
     """Make the run folder, return the tokenized rows; None where the run is already finished."""
     import torch.distributed as dist
 
-    from longcot.data.files import check_manifest
     from longcot.data.tokenized import open_dataset, open_or_build
     from longcot.trainer.manifest import prepare_run_folder, write_manifest
 
     folder, data = config.run.folder, config.data
-    identity = check_manifest(data.path, "build it with `python -m longcot.data`")["sha256"]
     state = [prepare_run_folder(folder, config, identity) if is_first_rank() else ""]
     dist.broadcast_object_list(state)
     if state[0] == "finished":
@@ -140,49 +150,85 @@ def prepare(recipe: str, config: Config, world: "World") -> "TokenizedDataset | 
         open_or_build(
             folder / "tokenized",
             source=data.path / "train.jsonl",
-            tokenizer_path=data.path / "tokenizer",
-            max_tokens=min(data.tokens_per_pack, config.model.max_position_embeddings),
+            tokenizer_path=tokenizer_path(config),
+            max_tokens=min(data.tokens_per_pack, context_tokens),
         )
     dist.barrier()  # the others read what rank 0 wrote
     return open_dataset(folder / "tokenized")
 
 
 def build_model(
-    recipe: str, config: Config, world: "World", dataset: "TokenizedDataset"
+    recipe: str, config: Config, world: "World", dataset: "TokenizedDataset", raw: dict[str, Any]
 ) -> "Decoder":
-    """The sharded model with its initial weights; prints what will run."""
+    """The sharded model with its first weights; prints what will run."""
     import torch
 
     from longcot.data.chat import load_tokenizer
     from longcot.kernels.attention import choose_backend
-    from longcot.trainer.model import Decoder, DecoderConfig
+    from longcot.trainer import weights
+    from longcot.trainer.families import check_vocabulary, decoder_config
+    from longcot.trainer.model import Decoder
     from longcot.trainer.parallel import shard
 
-    fields = DecoderConfig.__dataclass_fields__.keys() & config.model.__dataclass_fields__.keys()
-    # A multiple of 64 rows: even shards, and sizes that matmuls like. The extra rows are never
-    # targets.
-    vocab_size = -(-len(load_tokenizer(str(config.data.path / "tokenizer"))) // 64) * 64
-    shape = DecoderConfig(vocab_size=vocab_size, **{k: getattr(config.model, k) for k in fields})
+    tokenizer = load_tokenizer(str(tokenizer_path(config)))
+    padding = check_vocabulary(raw, len(tokenizer), tokenizer.eos_token_id)
     backend, why = choose_backend(config.model.attention, world.device)
-    model = Decoder(shape, backend)
-    model.initialize(config.run.seed)
+    with torch.device("meta"):  # no process ever holds a whole model
+        model = Decoder(decoder_config(raw), backend)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    model.to(world.device)
     shard(model, world.mesh, getattr(torch, config.model.dtype))
+    model.to_empty(device=world.device)
+    if config.model.path is None:
+        weights.initialize(model, config.run.seed)
+    else:
+        weights.load(model, config.model.path)
 
     dropped = dataset.manifest["dropped"]
     epochs = config.run.num_steps * config.data.sequences_per_step / len(dataset)
     say(
-        f"{recipe}: {num_parameters:,} parameters on {world.describe()}, {config.model.dtype} "
-        "matmuls, "
-        f"fp32 masters and states\n"
+        f"{recipe}: {num_parameters:,} parameters ({config.model.path or 'random weights'}) on "
+        f"{world.describe()}, {config.model.dtype} matmuls, fp32 masters and states\n"
         f"attention: {backend} ({why})\n"
-        f"data: {len(dataset):,} rows, {dataset.lengths.sum():,} tokens, {len(dropped):,} rows "
-        "dropped"
+        f"vocabulary: {padding or 'as large as the tokenizer'}\n"
+        f"data: {len(dataset):,} rows, {dataset.lengths.sum():,} tokens, "
+        f"{len(dropped):,} rows dropped"
         f"{''.join(f'; {row}' for row in dropped[:3])}; {epochs:.2f} epochs\n"
         f"one row, what is learnt between the quotes:\n{dataset.manifest['example']}"
     )
     return model
+
+
+def tokenizer_path(config: Config) -> Path:
+    """A base brings its tokenizer; a model from random weights uses the one of its data."""
+    return config.model.path or config.data.path / "tokenizer"
+
+
+def raw_config(config: Config) -> dict[str, Any]:
+    """The `config.json` of the model to train."""
+    from longcot.data.chat import load_tokenizer
+    from longcot.data.model_files import model_config
+    from longcot.trainer.families import decoder_config, qwen3_config
+
+    if config.model.path is not None:
+        raw = model_config(config.model.path)
+        decoder_config(raw)  # refuses what is not implemented, before anything is made
+        return raw
+    tokenizer = load_tokenizer(str(tokenizer_path(config)))
+    shape = config.model
+    return qwen3_config(
+        # A multiple of 64 rows: even shards, and sizes that matmuls like.
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.max_position_embeddings,
+        rope_theta=shape.rope_theta,
+        tie_embeddings=shape.tie_embeddings,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 def build_loader(config: Config, world: "World", dataset: "TokenizedDataset") -> "StepLoader":
@@ -236,14 +282,25 @@ def main() -> None:
         stop(str(error))
     import torch.distributed as dist
 
+    from longcot.trainer.parallel import leave_world
+
+    rank = os.environ.get("RANK", "0")
     try:
         run(recipe, config)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except OSError as error:
         # The rank that failed speaks, whichever it is; torchrun ends the others.
-        sys.exit(f"trainer/main.py, rank {os.environ.get('RANK', '0')}: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        remedy = "free some space, or choose another --run.folder"
+        print(f"trainer/main.py, rank {rank}: {error}: {remedy}", file=sys.stderr)
+        leave_world(1)
+    except (ValueError, FloatingPointError) as error:
+        print(f"trainer/main.py, rank {rank}: {error}", file=sys.stderr)
+        leave_world(1)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        print(f"trainer/main.py, rank {rank}: another rank failed and says why", file=sys.stderr)
+        leave_world(1)
+    leave_world(0)
 
 
 if __name__ == "__main__":

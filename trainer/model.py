@@ -12,7 +12,8 @@ T packed tokens, D model, H query heads, G key heads, K head size, F feed-forwar
 vocabulary.
 """
 
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,13 @@ from ..data.batch import PackedBatch
 from ..kernels.attention import Backend, varlen_attention
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..kernels.rms_norm import rms_norm
-from ..kernels.rope import apply_rope, rope_tables
+from ..kernels.rope import (
+    RopeScaling,
+    apply_rope,
+    dynamic_frequencies,
+    inverse_frequencies,
+    rope_tables,
+)
 from ..kernels.swiglu import swiglu
 
 
@@ -37,10 +44,15 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
+    family: str = "qwen3"
+    """Whose config and tensor names it has: a key of `families.FAMILIES`."""
     rope_theta: float = 1_000_000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     rms_norm_epsilon: float = 1e-6
     qk_norm: bool = True
     """Normalise each query and key head (Qwen3)."""
+    qkv_bias: bool = False
+    """Add a bias to queries, keys and values (Qwen2)."""
     tie_embeddings: bool = True
     """One matrix is both the embedding and the head."""
 
@@ -70,7 +82,7 @@ class Attention(nn.Module):
         self.head_counts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self.backend: Backend = backend
         self.qkv_proj = nn.Linear(
-            config.hidden_size, sum(self.head_counts) * config.head_dim, bias=False
+            config.hidden_size, sum(self.head_counts) * config.head_dim, bias=config.qkv_bias
         )
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
         self.q_norm = (
@@ -150,34 +162,46 @@ class Decoder(nn.Module):
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The normed states that the head reads, (T, D)."""
         x = self.embedding(batch.input_ids)
-        cos, sin = rope_tables(batch.position_ids, self.inverse_frequencies(x.device), x.dtype)
+        cos, sin = self.rope(batch, x.dtype)
         for block in self.blocks:
             x = block(x, cos, sin, batch.cu_seqlens, batch.max_seqlen)
         return self.norm(x)
 
-    def inverse_frequencies(self, device: torch.device) -> Tensor:
-        """(K/2,) fp32; made anew, so that no buffer has to survive sharding or the meta device."""
-        steps = torch.arange(0, self.config.head_dim, 2, device=device, dtype=torch.float32)
-        return self.config.rope_theta ** (-steps / self.config.head_dim)
+    def rope(self, batch: PackedBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the pack, each (T, 1, K/2).
+
+        Made anew each time, so that no buffer has to survive sharding or the meta device.
+        """
+        config, scaling = self.config, self.config.rope_scaling
+        if scaling.kind == "dynamic" and batch.max_seqlen > scaling.original_max_positions:
+            lengths = batch.cu_seqlens.diff()
+            lengths_T = lengths.repeat_interleave(lengths, output_size=len(batch.position_ids))
+            frequencies = dynamic_frequencies(
+                lengths_T, config.rope_theta, config.head_dim, scaling
+            )
+        else:
+            device = batch.position_ids.device
+            frequencies = inverse_frequencies(config.rope_theta, config.head_dim, scaling, device)
+        return rope_tables(batch.position_ids, frequencies, dtype, scaling.attention_factor)
 
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> Tensor:
         """(T, V), all at once: for tests on small models, not for training."""
         return self.hidden(batch) @ (self.embedding if self.head is None else self.head).weight.T
 
-    @torch.no_grad()
-    def initialize(self, seed: int) -> None:
-        """Draw all weights: N(0, 0.02), residual outputs scaled down by depth (GPT-2), norms one.
 
-        A function of `seed` and the shape alone: every rank draws the same whole model before it is
-        sharded.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / (2 * self.config.num_layers) ** 0.5 if residual else 0.02
-                nn.init.normal_(parameter, std=std, generator=generator)
+def draw_weights(name: str, shape: torch.Size, config: DecoderConfig, seed: int) -> Tensor:
+    """Initial values of one parameter, whole, fp32, on the CPU: a function of its name and `seed`.
+
+    N(0, 0.02), residual outputs scaled down by depth (GPT-2); norms one, biases zero.
+    """
+    if len(shape) == 1:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+    std = 0.02 / (2 * config.num_layers) ** 0.5 if residual else 0.02
+    # crc32, not hash(): the same in every process. The CPU generator heeds 32 bits of its seed.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    return torch.normal(0.0, std, shape, generator=generator)
 
 
 def head_loss(hidden: Tensor, weight: Tensor, batch: PackedBatch) -> Tensor:

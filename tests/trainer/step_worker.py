@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from longcot.data.batch import pack_documents
 from longcot.data.packing import plan_step
+from longcot.trainer import weights
 from longcot.trainer.loop import train_step
 from longcot.trainer.model import Decoder, DecoderConfig
-from longcot.trainer.parallel import shard, start_world
+from longcot.trainer.parallel import leave_world, shard, start_world
 
 SHAPE = DecoderConfig(
     vocab_size=131, hidden_size=40, intermediate_size=72, num_layers=2, num_heads=4,
@@ -39,9 +40,9 @@ class KeepGradients(torch.optim.SGD):
 def main(out: Path, packing: str) -> None:
     world = start_world()
     model = Decoder(SHAPE, "sdpa")
-    model.initialize(7)
     names = [name for name, _ in model.named_parameters()]
     shard(model, world.mesh, torch.float32)
+    weights.initialize(model, 7)
     generator = np.random.default_rng(0)
     lengths = np.array([3, 60, 17, 120, 41, 8, 77, 30])
     documents = [generator.integers(0, 131, length) for length in lengths]
@@ -78,7 +79,7 @@ def main(out: Path, packing: str) -> None:
         torch.save(
             {"loss": loss, "norm": norm, "micro_steps": len(batches), "gradients": gradients}, out
         )
-    dist.destroy_process_group()
+    leave_world(0)
 
 
 if __name__ == "__main__":

@@ -1,97 +1,144 @@
-"""The decoder against transformers, through an export; packed against single documents."""
+"""Parity with transformers: logits and gradients of every family, packed and single."""
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from longcot.data.batch import pack_documents
-from longcot.data.tokenizer import save_tokenizer, train_tokenizer
-from longcot.trainer import weights
-from longcot.trainer.model import Decoder, DecoderConfig
+from longcot.trainer.families import decoder_config, sources
+from longcot.trainer.model import Decoder
 
-SHAPES = {
-    "tied": {},
-    "untied": {"tie_embeddings": False},
-    "grouped": {"num_kv_heads": 2, "head_dim": 16},  # heads * head_dim is not hidden_size
-    "rope": {"rope_theta": 1e6},
-}
+LENGTHS = (2, 31, 100)  # the shortest that predicts anything, a prime, one beyond a llama3 context
 
 
-@pytest.fixture(scope="module")
-def tokenizer_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_tokenizer(["Numbers: 3 5 7\nTarget: 26"]), path)
-    return path
+def documents():
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 320, length) for length in LENGTHS]
 
 
-def build(**changes):
-    shape = {
-        "vocab_size": 320, "hidden_size": 48, "intermediate_size": 80, "num_layers": 3,
-        "num_heads": 4,
-        "num_kv_heads": 4, "head_dim": 12, "max_position_embeddings": 128, "rope_theta": 1e4,
+def theirs_of(folder, raw):
+    """transformers' model of an exported directory; InternLM2, which it lacks, as a Llama."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    if raw["model_type"] != "internlm2":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    from safetensors.torch import load_file
+
+    skip = ("model_type", "architectures", "bias")
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in raw.items() if k not in skip}))
+    names = {
+        "tok_embeddings": "embed_tokens", "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj",
+        "feed_forward.w2": "mlp.down_proj", "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm", "output.weight": "lm_head.weight",
     }  # fmt: skip
-    model = Decoder(DecoderConfig(**(shape | changes)), "sdpa")
-    model.initialize(1)
-    with torch.no_grad():  # norms at one and small logits would hide a mistake
-        for parameter in model.parameters():
-            parameter.mul_(4) if parameter.dim() == 2 else parameter.copy_(
-                torch.linspace(0.5, 1.5, len(parameter))
-            )
+    state = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if "wqkv" in name:
+            # As the original code reads it: (key heads, queries per key + 2, head size, hidden).
+            grouped = tensor.view(2, 4, 32, 128)
+            prefix = name.replace("attention.wqkv.weight", "self_attn.")
+            state[prefix + "q_proj.weight"] = grouped[:, :2].reshape(-1, 128)
+            state[prefix + "k_proj.weight"] = grouped[:, 2].reshape(-1, 128)
+            state[prefix + "v_proj.weight"] = grouped[:, 3].reshape(-1, 128)
+            continue
+        for old, new in names.items():
+            name = name.replace(old, new)
+        state[name] = tensor
+    model.load_state_dict(state)
     return model
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_transformers_reads_an_export_and_computes_the_same_logits(shape, tmp_path, tokenizer_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = build(**SHAPES[shape])
-    folder = tmp_path / "model"
-    weights.export(
-        model, folder, tokenizer_path=tokenizer_path, dtype=torch.float32, is_writer=True
-    )
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert AutoTokenizer.from_pretrained(folder).eos_token_id == theirs.config.eos_token_id
-    generator = np.random.default_rng(0)
-    documents = [generator.integers(0, 320, length) for length in (2, 31, 100)]
-    packed = model.logits(pack_documents(documents, [1, 1, 1]))
+def test_parity_with_transformers_logits(raw, build, export, tmp_path):
+    model = build(raw)
+    theirs = theirs_of(export(model, raw, tmp_path / "model", torch.float32), raw)
+    packed = model.logits(pack_documents(documents(), [1] * len(LENGTHS)))
     start = 0
-    for document in documents:
+    for document in documents():
         with torch.no_grad():
             expected = theirs(torch.from_numpy(document)[None]).logits[0]
-        single = model.logits(pack_documents([document], [1]))
         end = start + len(document)
-        assert expected.abs().max() > 1
+        single = model.logits(pack_documents([document], [1]))
+        assert expected.abs().max() > 1  # else 1e-5 would say little
         assert (single - expected).abs().max() < 1e-5
         assert (packed[start:end] - expected).abs().max() < 1e-5
         start = end
 
 
-def test_large_models_are_written_in_shards_with_an_index(tmp_path, tokenizer_path, monkeypatch):
-    from transformers import AutoModelForCausalLM
+def test_parity_with_transformers_gradients(raw, build, export, tmp_path):
+    model = build(raw)
+    theirs = theirs_of(export(model, raw, tmp_path / "model", torch.float32), raw)
+    model(pack_documents(documents(), [1] * len(LENGTHS))).backward()
+    for document in documents():
+        ids = torch.from_numpy(document)
+        logits = theirs(ids[None]).logits[0, :-1]
+        functional.cross_entropy(logits, ids[1:], reduction="sum").backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    llama_raw = {**raw, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    names = decoder_config(llama_raw if raw["model_type"] == "internlm2" else raw)
+    for name, parameter in model.named_parameters():
+        stacked = torch.cat([expected[source.tensor] for source in sources(name, names)])
+        assert parameter.grad is not None
+        difference = (parameter.grad - stacked).norm() / stacked.norm()
+        assert difference < 1e-5, f"{name}: {difference}"
 
-    monkeypatch.setattr(weights, "MAX_SHARD_BYTES", 50_000)
-    model = build(tie_embeddings=False)
-    folder = tmp_path / "model"
-    weights.export(
-        model, folder, tokenizer_path=tokenizer_path, dtype=torch.bfloat16, is_writer=True
-    )
-    assert len(list(folder.glob("model-*.safetensors"))) > 2
-    theirs = AutoModelForCausalLM.from_pretrained(folder)
-    assert theirs.dtype == torch.bfloat16
-    expected = model.embedding.weight.to(torch.bfloat16)
-    assert torch.equal(theirs.state_dict()["model.embed_tokens.weight"], expected)
+
+ROPE = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn-all": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32,
+        "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.2,
+        "truncate": False,
+    },
+    "yarn-factor": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32,
+        "attention_factor": 0.8,
+    },
+    "old-spelling": {"type": "linear", "factor": 4.0},
+}  # fmt: skip
 
 
-def test_initial_weights_depend_on_the_seed_alone():
-    first, second = build(), build()
-    assert all(
-        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
-    )
+@pytest.mark.parametrize("scaling", ROPE)
+def test_parity_of_every_rope_scaling(scaling, build, export, tmp_path):
+    # A context of 64: the document of 100 tokens is beyond it, where `dynamic` begins to stretch.
+    raw = {
+        **CONFIG, "rope_scaling": ROPE[scaling],
+        "max_position_embeddings": 64 if scaling == "dynamic" else 128,
+    }  # fmt: skip
+    model = build(raw)
+    theirs = theirs_of(export(model, raw, tmp_path / "model", torch.float32), raw)
+    packed = model.logits(pack_documents(documents(), [1] * len(LENGTHS)))
+    start = 0
+    for document in documents():
+        with torch.no_grad():
+            expected = theirs(torch.from_numpy(document)[None]).logits[0]
+        end = start + len(document)
+        assert (packed[start:end] - expected).abs().max() < 1e-5
+        start = end
+
+
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4, "hidden_act": "silu", "eos_token_id": 0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [({"num_kv_heads": 3}, "num_kv_heads 3"), ({"head_dim": 7}, "head_dim 7")]
+    ("change", "named"),
+    [
+        ({"num_key_value_heads": 3}, "num_kv_heads 3"),
+        ({"head_dim": 7}, "head_dim 7"),
+    ],
 )
 def test_impossible_shapes_are_refused(change, named):
     with pytest.raises(ValueError, match=named):
-        build(**change)
+        Decoder(decoder_config(CONFIG | change), "sdpa")

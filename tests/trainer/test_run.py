@@ -4,6 +4,7 @@ sentence.
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -89,6 +90,39 @@ def test_a_run_directory_tells_what_ran(data_path, finished):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
+def test_a_base_is_fine_tuned_from_its_directory(data_path, finished):
+    base = finished / "checkpoints/step-000012/model"
+    folder = finished.parent / "tuned"
+    done = start(data_path, folder, "--model.path", base, "--optimizer.learning-rate", 1e-4)
+    assert done.returncode == 0, done.stderr
+    assert str(base) in done.stdout and "is padded" in done.stdout
+    # It goes on from the base, not from random weights, and saves what it was given at step 0.
+    assert rows(folder)[0]["loss"] < rows(finished)[0]["loss"] - 0.5
+    given = load_file(base / "model.safetensors")
+    kept = load_file(folder / "checkpoints/step-000000/model/model.safetensors")
+    assert all(torch.equal(given[name], kept[name]) for name in given)
+
+
+def test_a_base_that_cannot_be_trained_is_refused_before_anything_is_made(
+    data_path, finished, tmp_path
+):
+    base = tmp_path / "base"
+    shutil.copytree(finished / "checkpoints/step-000012/model", base)
+    config = json.loads((base / "config.json").read_text())
+    for change, named in [
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"num_experts": 8}, "num_experts"),
+        ({"eos_token_id": 3}, "end-of-sequence"),
+    ]:
+        (base / "config.json").write_text(json.dumps(config | change))
+        done = start(data_path, tmp_path / "run", "--model.path", base, ranks=None)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert named in done.stderr
+        assert not (tmp_path / "run" / "checkpoints").exists()
+    missing = start(data_path, tmp_path / "run", "--model.path", tmp_path / "no", ranks=None)
+    assert missing.returncode == 1 and f"{tmp_path}/no" in missing.stderr
+
+
 def test_a_finished_run_is_kept_and_other_settings_never_overwrite_it(data_path, finished):
     before = (finished / "metrics.jsonl").read_bytes()
     again = start(data_path, finished, ranks=None)
@@ -121,8 +155,10 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_leaves_no_half_checkpoint(
     folder = tmp_path / "run"
     done = start(data_path, folder, limit_kilobytes=1024)  # tokens fit, 2.8 MB of weights do not
     assert done.returncode != 0
-    assert "Traceback" not in done.stderr.split("trainer/main.py, rank 0:")[0]
-    assert "cannot be written" in done.stderr and "File too large" in done.stderr
+    said = re.split(r"^[WE]\d{4} ", done.stderr, flags=re.MULTILINE)[0]  # torchrun follows
+    assert "Traceback" not in said
+    assert "rank 0: [Errno 27] File too large" in said and "model.safetensors" in said
+    assert "free some space" in said
     assert list((folder / "checkpoints").iterdir()) == []
     assert not (folder / "finished.json").exists()
 
