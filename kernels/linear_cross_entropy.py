@@ -122,11 +122,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        weight_dtype = ctx.needs_input_grad[1]
-        return (
-            grad_hidden * upstream.to(grad_hidden.dtype),
-            grad_weight * upstream if weight_dtype else None,
-            None,
-            None,
-            None,
-        )
+        return grad_hidden * upstream, grad_weight * upstream, None, None, None

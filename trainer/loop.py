@@ -1,5 +1,6 @@
 """The training step and the loop around it."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -43,8 +44,7 @@ def train_step(
     over the ranks, hence the factor.
 
     Raises:
-        FloatingPointError: loss or gradient is not finite; the weights are as they were before the
-            step.
+        FloatingPointError: loss or gradient is not finite; the weights are left as they were.
     """
     world_size = dist.get_world_size()
     loss_sum = torch.zeros((), device=device)
@@ -57,10 +57,9 @@ def train_step(
     dist.all_reduce(loss_sum)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_gradient_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    loss, gradient_norm = torch.stack(
-        [loss_sum / num_targets, norm]
-    ).tolist()  # the step's one host sync
-    if not (torch.tensor([loss, gradient_norm]).isfinite().all()):
+    figures = torch.stack([loss_sum / num_targets, norm])
+    loss, gradient_norm = figures.tolist()  # the step's one host sync
+    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
         raise FloatingPointError(
             f"loss {loss}, gradient norm {gradient_norm}: the update was not made"
         )

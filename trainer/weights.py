@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from .families import sources
+from ..kernels.attention import Backend
+from .families import decoder_config, sources
 from .model import Decoder, draw_weights
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -65,6 +66,20 @@ def initialize(model: Decoder, seed: int) -> None:
         rows, first = local_rows(parameter)
         whole = draw_weights(name, parameter.shape, model.config, seed)
         rows.copy_(whole[first : first + len(rows)])
+
+
+def random_model(
+    raw_config: dict[str, Any], backend: Backend, *, seed: int, device: torch.device
+) -> Decoder:
+    """A whole model of the shape that a `config.json` describes, for benchmarks and tests.
+
+    `random_model(families.base_config("Qwen3-4B-Base"), ...)` needs no download.
+    """
+    with torch.device("meta"):
+        model = Decoder(decoder_config(raw_config), backend)
+    model.to_empty(device=device)
+    initialize(model, seed)
+    return model
 
 
 def load(model: Decoder, folder: Path) -> None:

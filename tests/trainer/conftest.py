@@ -13,7 +13,6 @@ from torch._C._distributed_c10d import HashStore
 
 from longcot.data.tokenizer import save_tokenizer, train_tokenizer
 from longcot.trainer import weights
-from longcot.trainer.families import decoder_config
 from longcot.trainer.model import Decoder
 
 SHAPE = {
@@ -76,8 +75,7 @@ def build() -> Callable[..., Decoder]:
     """A model with weights so large that a mistake shows: norms off one, biases off zero."""
 
     def build(raw: dict[str, Any], scale: float = 4.0) -> Decoder:
-        model = Decoder(decoder_config(raw), "sdpa")
-        weights.initialize(model, seed=1)
+        model = weights.random_model(raw, "sdpa", seed=1, device=torch.device("cpu"))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 2:

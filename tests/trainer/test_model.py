@@ -50,20 +50,21 @@ def theirs_of(folder, raw):
     return model
 
 
-def test_parity_with_transformers_logits(raw, build, export, tmp_path):
-    model = build(raw)
-    theirs = theirs_of(export(model, raw, tmp_path / "model", torch.float32), raw)
+def assert_same_logits(model, theirs):
+    """Packed and one document at a time, to 1e-5."""
     packed = model.logits(pack_documents(documents(), [1] * len(LENGTHS)))
-    start = 0
-    for document in documents():
+    for document, ours in zip(documents(), packed.split(LENGTHS), strict=True):
         with torch.no_grad():
             expected = theirs(torch.from_numpy(document)[None]).logits[0]
-        end = start + len(document)
         single = model.logits(pack_documents([document], [1]))
         assert expected.abs().max() > 1  # else 1e-5 would say little
         assert (single - expected).abs().max() < 1e-5
-        assert (packed[start:end] - expected).abs().max() < 1e-5
-        start = end
+        assert (ours - expected).abs().max() < 1e-5
+
+
+def test_parity_with_transformers_logits(raw, build, export, tmp_path):
+    model = build(raw)
+    assert_same_logits(model, theirs_of(export(model, raw, tmp_path / "m", torch.float32), raw))
 
 
 def test_parity_with_transformers_gradients(raw, build, export, tmp_path):
@@ -113,15 +114,7 @@ def test_parity_of_every_rope_scaling(scaling, build, export, tmp_path):
         "max_position_embeddings": 64 if scaling == "dynamic" else 128,
     }  # fmt: skip
     model = build(raw)
-    theirs = theirs_of(export(model, raw, tmp_path / "model", torch.float32), raw)
-    packed = model.logits(pack_documents(documents(), [1] * len(LENGTHS)))
-    start = 0
-    for document in documents():
-        with torch.no_grad():
-            expected = theirs(torch.from_numpy(document)[None]).logits[0]
-        end = start + len(document)
-        assert (packed[start:end] - expected).abs().max() < 1e-5
-        start = end
+    assert_same_logits(model, theirs_of(export(model, raw, tmp_path / "m", torch.float32), raw))
 
 
 CONFIG = {

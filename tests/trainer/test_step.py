@@ -2,14 +2,29 @@
 over gloo.
 """
 
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
+from longcot.data.batch import pack_documents
+from longcot.trainer import weights
+from longcot.trainer.families import decoder_config, qwen3_config
+from longcot.trainer.loop import train_step
+from longcot.trainer.model import Decoder
+from longcot.trainer.optimizer import build_adamw
+from longcot.trainer.parallel import shard
+
+CONFIG = qwen3_config(
+    vocab_size=131, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, num_kv_heads=1,
+    head_dim=16, max_position_embeddings=64, rope_theta=1e4, tie_embeddings=True, eos_token_id=0,
+)  # fmt: skip
 WORKER = Path(__file__).with_name("step_worker.py")
 
 
@@ -42,6 +57,35 @@ def test_packing_and_ranks_change_neither_loss_nor_gradients(steps):
         for name, gradient in truth["gradients"].items():
             difference = (result["gradients"][name] - gradient).abs().max()
             assert difference <= 1e-6 * gradient.abs().max(), name
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights_as_they_were():
+    model = Decoder(decoder_config(CONFIG), "sdpa")
+    mesh = init_device_mesh("cpu", (1,))
+    shard(model, mesh, torch.float32)
+    weights.initialize(model, 0)
+    batch = pack_documents([np.arange(1, 20)], [3])
+    optimizer = build_adamw(
+        model.parameters(), learning_rate=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1
+    )
+
+    def step(num_targets):
+        device = torch.device("cpu")
+        return train_step(
+            model, optimizer, [batch], num_targets=num_targets, max_gradient_norm=1.0, device=device
+        )
+
+    loss, norm = step(batch.num_targets)
+    assert loss == pytest.approx(math.log(CONFIG["vocab_size"]), rel=0.05) and norm > 0
+    before = [weights.local_rows(p)[0].clone() for p in model.parameters()]
+    with torch.no_grad():
+        weights.local_rows(model.norm.weight)[0][5] = math.inf
+    with pytest.raises(FloatingPointError, match="update was not made"):
+        step(batch.num_targets)
+    for (name, parameter), kept in zip(model.named_parameters(), before, strict=True):
+        if name == "norm.weight":
+            kept[5] = math.inf  # put there by hand above
+        assert torch.equal(weights.local_rows(parameter)[0], kept), name
 
 
 def test_the_loss_is_the_mean_over_all_targets_not_a_mean_of_means(steps):

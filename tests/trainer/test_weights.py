@@ -72,13 +72,13 @@ def test_weights_written_by_transformers_survive_in_several_files(tmp_path, toke
 
 def test_weights_from_a_seed_are_the_same_each_time_and_others_from_another(every_raw):
     raw = every_raw["qwen3"]
-    first, second = (Decoder(decoder_config(raw), "sdpa") for _ in range(2))
-    weights.initialize(first, 3)
-    weights.initialize(second, 3)
-    for one, other in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(one, other)
-    weights.initialize(second, 4)
-    assert not torch.equal(first.embedding.weight, second.embedding.weight)
+    device = torch.device("cpu")
+    first, second, other = (
+        weights.random_model(raw, "sdpa", seed=seed, device=device) for seed in (3, 3, 4)
+    )
+    for one, again in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, again)
+    assert not torch.equal(first.embedding.weight, other.embedding.weight)
 
 
 def test_weights_are_rounded_once_to_bf16(build, export, tmp_path, every_raw):
