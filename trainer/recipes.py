@@ -10,11 +10,11 @@ from .config import Config, DataSection, RunSection
 def demo() -> Config:
     """Countdown from random weights, in minutes on two cores; traces restate the target."""
     return Config(
-        data=DataSection(path=Path("runs/data/countdown"), sequences_per_step=32),
+        data=DataSection(path=Path("runs/data/countdown"), sequences_per_step=16),
         run=RunSection(
             folder=Path("runs/demo"),
-            num_steps=500,
-            checkpoint_steps=(0, 20, 50, 100, 150, 200, 300, 400, 500),
+            num_steps=1200,
+            checkpoint_steps=(0, 40, 100, 200, 300, 450, 600, 800, 1000, 1200),
         ),
     )
 
