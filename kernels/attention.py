@@ -17,7 +17,7 @@ from torch.nn import functional
 Backend = Literal["torch_varlen", "sdpa"]
 
 
-def choose_backend(requested: str, device: torch.device) -> tuple[Backend, str]:
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
     """The backend to run, and why; called once at start-up and logged.
 
     Raises:
@@ -25,9 +25,10 @@ def choose_backend(requested: str, device: torch.device) -> tuple[Backend, str]:
             silence.
     """
     if requested == "auto":
-        if device.type == "cuda":
+        if device.type == "cuda" and dtype != torch.float32:
             return "torch_varlen", "CUDA device: torch's own varlen flash attention"
-        return "sdpa", f"{device.type} device: scaled_dot_product_attention per document"
+        reason = "flash attention takes no float32" if device.type == "cuda" else "no CUDA device"
+        return "sdpa", f"{reason}: scaled_dot_product_attention per document"
     if requested == "sdpa":
         return "sdpa", "asked for"
     if requested != "torch_varlen":
@@ -37,6 +38,8 @@ def choose_backend(requested: str, device: torch.device) -> tuple[Backend, str]:
         raise ValueError(
             f"attention 'torch_varlen' needs a CUDA device, not {device.type}: choose auto or sdpa"
         )
+    if dtype == torch.float32:
+        raise ValueError("attention 'torch_varlen' takes no float32: set bfloat16, or choose sdpa")
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         raise ValueError(
             f"attention 'torch_varlen' needs torch 2.11 or later, this is {torch.__version__}"

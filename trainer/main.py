@@ -172,11 +172,12 @@ def build_model(
 
     tokenizer = load_tokenizer(str(tokenizer_path(config)))
     padding = check_vocabulary(raw, len(tokenizer), tokenizer.eos_token_id)
-    backend, why = choose_backend(config.model.attention, world.device)
+    dtype = getattr(torch, config.model.dtype)
+    backend, why = choose_backend(config.model.attention, world.device, dtype)
     with torch.device("meta"):  # no process ever holds a whole model
         model = Decoder(decoder_config(raw), backend)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    shard(model, world.mesh, getattr(torch, config.model.dtype))
+    shard(model, world.mesh, dtype)
     model.to_empty(device=world.device)
     if config.model.path is None:
         weights.initialize(model, config.run.seed)

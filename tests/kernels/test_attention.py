@@ -48,15 +48,25 @@ def test_forward_and_backward_match_the_formula(bounds, num_heads, num_kv_heads)
         torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-5, atol=2e-6)
 
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
 @pytest.mark.parametrize(
-    ("requested", "named"), [("flash", "unknown"), ("torch_varlen", "CUDA device")]
+    ("requested", "device", "dtype", "named"),
+    [
+        ("flash", CPU, torch.bfloat16, "'flash' is unknown"),
+        ("torch_varlen", CPU, torch.bfloat16, "needs a CUDA device, not cpu"),
+        ("torch_varlen", GPU, torch.float32, "takes no float32"),
+    ],
 )
-def test_a_backend_that_cannot_run_is_an_error_not_a_fallback(requested, named):
+def test_a_backend_that_cannot_run_is_an_error_not_a_fallback(requested, device, dtype, named):
     with pytest.raises(ValueError, match=named):
-        choose_backend(requested, torch.device("cpu"))
+        choose_backend(requested, device, dtype)
 
 
 def test_auto_says_what_it_picked_and_why():
-    backend, why = choose_backend("auto", torch.device("cpu"))
-    assert backend == "sdpa" and "cpu" in why
-    assert choose_backend("auto", torch.device("cuda"))[0] == "torch_varlen"
+    backend, why = choose_backend("auto", CPU, torch.bfloat16)
+    assert backend == "sdpa" and "no CUDA device" in why
+    backend, why = choose_backend("auto", GPU, torch.float32)
+    assert backend == "sdpa" and "float32" in why
+    assert choose_backend("auto", GPU, torch.bfloat16)[0] == "torch_varlen"

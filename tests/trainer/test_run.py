@@ -73,6 +73,15 @@ def test_one_plain_process_follows_the_same_losses(data_path, finished):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_bfloat16_matmuls_follow_the_float32_losses_within_their_rounding(data_path, finished):
+    folder = finished.parent / "bfloat16"
+    done = start(data_path, folder, "--model.dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    losses = [[row["loss"] for row in rows(f)] for f in (finished, folder)]
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_a_run_directory_tells_what_ran(data_path, finished):
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["recipe"] == "demo-smoke" and manifest["device"].startswith("2 x CPU")
