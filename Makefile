@@ -78,7 +78,7 @@ types: $(VENV)/dev-installed ## basedpyright over all folders
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 bench: install ## the benchmarks
-	$(BIN)/python -m longcot.benchmarks $(BENCH_FLAGS)
+	$(BIN)/python -m longcot.benchmarks weights --json
 
 clean: ## remove .venv, build products and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

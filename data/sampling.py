@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from .chat import load_tokenizer
-from .internlm2 import register_internlm2
 from .model_files import model_config, model_signature
 from .progress import Progress
 
@@ -305,7 +304,8 @@ def _start_vllm(model: Path, dtype: str | None, seed: int) -> Any:
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    register_internlm2()
+    from . import internlm2  # noqa: F401  # registers its config
+
     on_cpu = current_platform.is_cpu()
     if on_cpu:
         # Scheduling in this process: one process less to start, and the same batches every time.
