@@ -163,15 +163,12 @@ def build_model(
     """The sharded model with its first weights; prints what will run."""
     import torch
 
-    from longcot.data.chat import load_tokenizer
     from longcot.kernels.attention import choose_backend
     from longcot.trainer import weights
-    from longcot.trainer.families import check_vocabulary, decoder_config
+    from longcot.trainer.families import decoder_config
     from longcot.trainer.model import Decoder
     from longcot.trainer.parallel import shard
 
-    tokenizer = load_tokenizer(str(tokenizer_path(config)))
-    padding = check_vocabulary(raw, len(tokenizer), tokenizer.eos_token_id)
     dtype = getattr(torch, config.model.dtype)
     backend, why = choose_backend(config.model.attention, world.device, dtype)
     with torch.device("meta"):  # no process ever holds a whole model
@@ -190,7 +187,6 @@ def build_model(
         f"{recipe}: {num_parameters:,} parameters ({config.model.path or 'random weights'}) on "
         f"{world.describe()}, {config.model.dtype} matmuls, fp32 masters and states\n"
         f"attention: {backend} ({why})\n"
-        f"vocabulary: {padding or 'as large as the tokenizer'}\n"
         f"data: {len(dataset):,} rows, {dataset.lengths.sum():,} tokens, "
         f"{len(dropped):,} rows dropped"
         f"{''.join(f'; {row}' for row in dropped[:3])}; {epochs:.2f} epochs\n"
@@ -205,14 +201,18 @@ def tokenizer_path(config: Config) -> Path:
 
 
 def raw_config(config: Config) -> dict[str, Any]:
-    """The `config.json` of the model to train."""
+    """The `config.json` of the model to train, found sound before anything is made."""
     from longcot.data.chat import load_tokenizer
     from longcot.data.model_files import model_config
-    from longcot.trainer.families import decoder_config, qwen3_config
+    from longcot.trainer.families import check_vocabulary, decoder_config, qwen3_config
 
     if config.model.path is not None:
         raw = model_config(config.model.path)
-        decoder_config(raw)  # refuses what is not implemented, before anything is made
+        decoder_config(raw)  # refuses what is not implemented
+        tokenizer = load_tokenizer(str(tokenizer_path(config)))
+        padding = check_vocabulary(raw, len(tokenizer), tokenizer.eos_token_id)
+        if padding:
+            say(padding)
         return raw
     tokenizer = load_tokenizer(str(tokenizer_path(config)))
     shape = config.model

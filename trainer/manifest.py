@@ -37,20 +37,17 @@ def prepare_run_folder(
     """
     manifest_path = folder / "manifest.json"
     if manifest_path.exists():
-        found = json.loads(manifest_path.read_text())
-        differing = _differences(
-            {"config": found["config"], "data": found["data"]},
-            wanted := {"config": plain_config(config), "data": data_identity},
-        )
+        manifest = json.loads(manifest_path.read_text())
+        found = {"config": manifest["config"], "data": manifest["data"]}
+        wanted = {"config": plain_config(config), "data": data_identity}
+        differing = _differences(found, wanted)
         if differing:
             raise ValueError(
                 f"{folder} holds a run with other settings ({'; '.join(differing)}): choose "
-                "another --run.folder, "
-                "or remove it"
+                "another --run.folder, or remove it"
             )
         if (folder / "finished.json").exists():
             return "finished"
-        del wanted
         print(
             f"{folder} holds an interrupted run: its checkpoints are removed, training starts "
             "from step 0"

@@ -262,7 +262,7 @@ def _read_rows(handle: int, place: Stored, first_row: int, rows: Tensor, buffer:
     for start in range(0, len(flat), step):
         part = flat[start : start + step]
         raw = buffer[: len(part) * size]
-        view = memoryview(raw.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
+        view = raw.numpy().data
         while view:  # one read returns at most 2 GiB, and may return less
             num_bytes = os.preadv(handle, [view], offset)
             if num_bytes == 0:
@@ -278,7 +278,7 @@ def _write_rows(handle: int, place: Stored, first_row: int, rows: Tensor) -> Non
     step = BUFFER_BYTES // size
     for start in range(0, len(flat), step):
         part = flat[start : start + step].to("cpu", place.dtype).contiguous()
-        view = memoryview(part.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        view = part.view(torch.uint8).numpy().data
         while view:
             num_bytes = os.pwrite(handle, view, offset)
             view, offset = view[num_bytes:], offset + num_bytes

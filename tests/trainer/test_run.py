@@ -127,7 +127,7 @@ def test_a_base_that_cannot_be_trained_is_refused_before_anything_is_made(
         done = start(data_path, tmp_path / "run", "--model.path", base, ranks=None)
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert named in done.stderr
-        assert not (tmp_path / "run" / "checkpoints").exists()
+        assert not (tmp_path / "run").exists()
     missing = start(data_path, tmp_path / "run", "--model.path", tmp_path / "no", ranks=None)
     assert missing.returncode == 1 and f"{tmp_path}/no" in missing.stderr
 
