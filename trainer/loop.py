@@ -39,25 +39,26 @@ def train_step(
 ) -> tuple[float, float]:
     """One update by the exact mean over the global batch's targets; (loss, unclipped norm).
 
-    The count is known beforehand from the step plan, so every micro-step's sum is divided by the
-    global total: packing, micro-steps and ranks cannot change the result. FSDP averages gradients
-    over the ranks, hence the factor.
+    The count is known beforehand from the step plan, so every micro-step's losses are divided by
+    the global total: packing, micro-steps and ranks cannot change the result. FSDP averages
+    gradients over the ranks, hence the factor.
 
     Raises:
         FloatingPointError: loss or gradient is not finite; the weights are left as they were.
     """
     world_size = dist.get_world_size()
-    loss_sum = torch.zeros((), device=device)
+    scale = world_size / num_targets
+    scaled_loss_sum = torch.zeros((), device=device)
     for micro_step, batch in enumerate(batches):
         # Ranks exchange gradients once a step: the earlier micro-steps add up locally.
         model.set_requires_gradient_sync(micro_step == len(batches) - 1)  # type: ignore[operator]
-        pack_loss = model(batch.to(device))
-        (pack_loss * (world_size / num_targets)).backward()
-        loss_sum += pack_loss.detach()
-    dist.all_reduce(loss_sum)
+        pack_loss = model(batch.to(device), scale)
+        pack_loss.backward()
+        scaled_loss_sum += pack_loss.detach()
+    dist.all_reduce(scaled_loss_sum)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_gradient_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    figures = torch.stack([loss_sum / num_targets, norm])
+    figures = torch.stack([scaled_loss_sum / world_size, norm])
     loss, gradient_norm = figures.tolist()  # the step's one host sync
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
         raise FloatingPointError(

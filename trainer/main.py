@@ -164,15 +164,18 @@ def build_model(
     import torch
 
     from longcot.kernels.attention import choose_backend
+    from longcot.kernels.softmax_gradient import choose_form
     from longcot.trainer import weights
     from longcot.trainer.families import decoder_config
     from longcot.trainer.model import Decoder
     from longcot.trainer.parallel import shard
 
     dtype = getattr(torch, config.model.dtype)
-    backend, why = choose_backend(config.model.attention, world.device, dtype)
+    shape = decoder_config(raw)
+    backend, why = choose_backend(config.model.attention, world.device, dtype, shape.head_dim)
+    form, form_why = choose_form("auto", shape.vocab_size, world.device)
     with torch.device("meta"):  # no process ever holds a whole model
-        model = Decoder(decoder_config(raw), backend)
+        model = Decoder(shape, backend)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     shard(model, world.mesh, dtype)
     model.to_empty(device=world.device)
@@ -187,6 +190,7 @@ def build_model(
         f"{recipe}: {num_parameters:,} parameters ({config.model.path or 'random weights'}) on "
         f"{world.describe()}, {config.model.dtype} matmuls, fp32 masters and states\n"
         f"attention: {backend} ({why})\n"
+        f"head: softmax {form} ({form_why})\n"
         f"data: {len(dataset):,} rows, {dataset.lengths.sum():,} tokens, "
         f"{len(dropped):,} rows dropped"
         f"{''.join(f'; {row}' for row in dropped[:3])}; {epochs:.2f} epochs\n"

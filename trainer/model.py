@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..data.batch import PackedBatch
 from ..kernels.attention import Backend, varlen_attention
 from ..kernels.linear_cross_entropy import linear_cross_entropy
-from ..kernels.rms_norm import rms_norm
+from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import (
     RopeScaling,
     apply_rope,
@@ -97,8 +97,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split(self.head_counts, dim=1)
-        q = apply_rope(self.q_norm(q), cos, sin)
-        k = apply_rope(self.k_norm(k), cos, sin)
+        q, k = apply_rope(self.q_norm(q), self.k_norm(k), cos, sin)
         return self.o_proj(
             varlen_attention(q, k, v, cu_seqlens, max_seqlen, self.backend).flatten(1)
         )
@@ -111,8 +110,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(swiglu(gate, up))
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class Block(nn.Module):
@@ -126,8 +124,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
-        x = x + self.attention(self.input_norm(x), cos, sin, cu_seqlens, max_seqlen)
-        return x + self.feed_forward(self.post_attention_norm(x))
+        attended = self.attention(self.input_norm(x), cos, sin, cu_seqlens, max_seqlen)
+        norm = self.post_attention_norm
+        x, normed = add_rms_norm(x, attended, norm.weight, norm.epsilon)
+        return x + self.feed_forward(normed)
 
 
 class Head(nn.Module):
@@ -137,8 +137,8 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-    def forward(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        return head_loss(hidden, self.weight, batch)
+    def forward(self, hidden: Tensor, batch: PackedBatch, scale: float) -> Tensor:
+        return head_loss(hidden, self.weight, batch, scale)
 
 
 class Decoder(nn.Module):
@@ -152,12 +152,16 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon)
         self.head = None if config.tie_embeddings else Head(config)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Sum of the pack's token losses, () fp32, to be divided by the global target count."""
+    def forward(self, batch: PackedBatch, scale: float = 1.0) -> Tensor:
+        """Sum of the pack's token losses, each times `scale`, () fp32; call backward() on it as is.
+
+        The scale goes in here, because an upstream gradient of 1 is what lets the head add up its
+        gradient over micro-steps in one fp32 buffer.
+        """
         hidden = self.hidden(batch)
         if self.head is not None:
-            return self.head(hidden, batch)
-        return head_loss(hidden, self.embedding.weight, batch)
+            return self.head(hidden, batch, scale)
+        return head_loss(hidden, self.embedding.weight, batch, scale)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The normed states that the head reads, (T, D)."""
@@ -204,8 +208,22 @@ def draw_weights(name: str, shape: torch.Size, config: DecoderConfig, seed: int)
     return torch.normal(0.0, std, shape, generator=generator)
 
 
-def head_loss(hidden: Tensor, weight: Tensor, batch: PackedBatch) -> Tensor:
+def head_loss(hidden: Tensor, weight: Tensor, batch: PackedBatch, scale: float) -> Tensor:
+    """The head's part of a micro-step; `weight` is the gathered parameter, not a shard."""
+    if batch.weights is None:
+        weights = torch.full(batch.targets.shape, scale, device=hidden.device)
+    else:
+        weights = batch.weights * scale
+    grad_weight = None
+    if weight.requires_grad and torch.is_grad_enabled():
+        if weight.grad is not None:
+            grad_weight = weight.grad  # an earlier micro-step's: add to it in place
+        elif weight.grad_dtype != torch.float32:
+            # Or autograd would round the fp32 gradient to the dtype of the gathered weight, before
+            # FSDP reduces it in fp32.
+            weight.grad_dtype = torch.float32
     loss_sum, _ = linear_cross_entropy(
-        hidden, weight, batch.targets, batch.weights, num_targets=batch.num_targets
-    )
+        hidden, weight, batch.targets, weights, num_targets=batch.num_targets,
+        grad_weight=grad_weight,
+    )  # fmt: skip
     return loss_sum

@@ -1,15 +1,12 @@
 """What the trainer's tests share: one-process groups, tiny models of every family, a tokenizer."""
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from longcot.data.tokenizer import save_tokenizer, train_tokenizer
 from longcot.trainer import weights
@@ -62,12 +59,8 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def process_group() -> Iterator[None]:
-    """The only process of a group of one, as in training without torchrun."""
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    yield
-    with contextlib.suppress(AssertionError):
-        dist.destroy_process_group()
+def in_a_group(process_group: None) -> None:
+    """Every test of the trainer is in one, as training is."""
 
 
 @pytest.fixture(scope="session")
