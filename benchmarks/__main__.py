@@ -3,37 +3,95 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-
-def _weights(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .weights import measure  # imports torch; `--help` does not need it
-
-    return measure(num_ranks=arguments.ranks, checkpoint_gb=arguments.gigabytes)
+# The benchmarks import torch, inside functions here: `--help` does not need it.
 
 
-BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"weights": _weights}
+def _weights(arguments: argparse.Namespace) -> list[str]:
+    from .weights import measure
+
+    figures = measure(num_ranks=arguments.ranks, checkpoint_gb=arguments.gigabytes)
+    if not arguments.json:
+        for name, value in figures.items():
+            print(f"{name}: {value}")
+    return _finish(arguments, figures, [])
+
+
+def _linear_cross_entropy(arguments: argparse.Namespace) -> list[str]:
+    from .linear_cross_entropy import failures, measure
+
+    document = measure(
+        shapes=arguments.shapes,
+        tokens=arguments.tokens,
+        patterns=arguments.variants,
+        device_type=arguments.device,
+        dtype_name=arguments.dtype,
+        masked=arguments.masked,
+        num_rounds=arguments.rounds,
+        seconds=arguments.seconds,
+        patience_seconds=arguments.patience,
+        out=arguments.out,
+        commit=arguments.commit,
+    )
+    return _finish(arguments, document, failures(document))
+
+
+def _finish(arguments: argparse.Namespace, figures: Any, failures: list[str]) -> list[str]:
+    if arguments.json:
+        print(json.dumps(figures))
+    return failures
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m longcot.benchmarks", description=__doc__)
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+
+    weights = names.add_parser("weights", help="loading a checkpoint into shards")
+    weights.set_defaults(run=_weights)
+    weights.add_argument("--ranks", type=int, default=2, help="processes that load")
+    weights.add_argument(
+        "--gigabytes", type=float, default=2.0, help="size of the checkpoint made for it"
+    )
+
+    head = names.add_parser("linear_cross_entropy", help="the head's loss and both gradients")
+    head.set_defaults(run=_linear_cross_entropy)
+    add = head.add_argument
+    add(
+        "--shapes",
+        nargs="+",
+        metavar="SHAPE",
+        help="names of bases, DxV, or `reduced`; all bases on a GPU, `reduced` on a CPU",
+    )
+    add("--tokens", nargs="+", type=int, metavar="T", help="rows; 16384 on a GPU, 256 on a CPU")
+    add("--variants", nargs="+", default=["*"], metavar="NAME", help="which; * matches anything")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--dtype", choices=("bfloat16", "float32"), help="bfloat16 on a GPU, float32 on a CPU")
+    add("--masked", type=float, default=0.0, help="fraction of the rows that have no target")
+    add("--rounds", type=int, help="timed rounds, fewer where time runs out; 12, 5 on a CPU")
+    add("--seconds", type=float, default=540.0, help="for everything, shared by the shapes")
+    add(
+        "--patience",
+        type=float,
+        default=180.0,
+        help="seconds that one call, compilation included, may take before it is left out",
+    )
+    add("--out", type=Path, help="JSON file, written after each shape")
+    add("--commit", help="recorded where the tree is not a git checkout")  # fmt: skip
+    for command in (weights, head):
+        command.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m longcot.benchmarks", description=__doc__)
-    parser.add_argument("name", choices=BENCHMARKS, help="what to measure")
-    parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
-    parser.add_argument("--ranks", type=int, default=2, help="weights: processes that load")
-    parser.add_argument(
-        "--gigabytes", type=float, default=2.0, help="weights: size of the checkpoint made for it"
-    )
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     try:
-        figures = BENCHMARKS[arguments.name](arguments)
+        failures = arguments.run(arguments)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"longcot.benchmarks: {error}")
-    if arguments.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name}: {value}")
+    if failures:
+        sys.exit(f"longcot.benchmarks: {'; '.join(failures)}")
 
 
 if __name__ == "__main__":

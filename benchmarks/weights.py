@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .timing import commit
+
 NUM_ROUNDS = 3
 
 
@@ -57,7 +59,7 @@ def measure(num_ranks: int, checkpoint_gb: float) -> dict[str, Any]:
         "read_fraction_of_disk": round(statistics.median(fractions), 3),
         "device": f"CPU, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "torch": ranks[0]["torch"]},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -199,13 +201,6 @@ def worker(scratch: Path) -> None:
         model, scratch / "again", raw_config=raw, tokenizer_path=folder, dtype=torch.bfloat16
     )
     leave_world(0)
-
-
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parents[1]
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or None
 
 
 if __name__ == "__main__":
