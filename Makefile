@@ -78,7 +78,9 @@ types: $(VENV)/dev-installed ## basedpyright over all folders
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 bench: install ## the benchmarks
-	$(BIN)/python -m longcot.benchmarks weights --json
+	$(BIN)/python -m longcot.kernels
+	$(BIN)/python -m longcot.benchmarks linear_cross_entropy
+	$(BIN)/python -m longcot.benchmarks weights
 
 clean: ## remove .venv, build products and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

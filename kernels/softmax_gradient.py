@@ -133,6 +133,35 @@ def one_read_obstacle(
     return None
 
 
+def prove_form(form: Form, vocab_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Run the form once beside plain torch: compilers differ by version and chip; at start-up.
+
+    Raises:
+        ValueError: it is off by more than rounding, so nothing should be trained with it.
+    """
+    if form == "torch":
+        return  # what the others are compared with
+    generator = torch.Generator(device).manual_seed(0)
+    # More rows than any GPU works on at a time, so that thread blocks and clusters are reused.
+    shape = (512, vocab_size)
+    logits = torch.randn(shape, generator=generator, device=device).mul_(3).to(dtype)
+    targets = torch.arange(shape[0], device=device) * (vocab_size - 1) // (shape[0] - 1)
+    weights = torch.rand(shape[0], generator=generator, device=device)
+    expected = logits.clone()
+    exact = softmax_gradient_reference_(expected, targets, weights)
+    found = softmax_gradient_(logits, targets, weights, form)
+    loss_error = (found.losses - exact.losses).abs().max()
+    gradient_error = (logits.float() - expected.float()).abs().max()
+    # The host waits for both. A gradient is at most its weight, which is at most 1: its rounding
+    # to the dtype may differ by a unit in the last place.
+    if not (loss_error <= 1e-4 and gradient_error <= 2 * torch.finfo(dtype).eps + 1e-6):
+        raise ValueError(
+            f"softmax form {form!r} is wrong on this device with Triton {triton.__version__}: a "
+            f"loss is off by {float(loss_error):.1e}, a gradient by {float(gradient_error):.1e}; "
+            "choose another form and report this"
+        )
+
+
 def softmax_gradient_(
     logits: Tensor,  # (C, V), rows contiguous; overwritten by the gradient if `with_gradient`
     targets: Tensor,  # (C,) int64, each in [0, V)

@@ -164,7 +164,7 @@ def build_model(
     import torch
 
     from longcot.kernels.attention import choose_backend
-    from longcot.kernels.softmax_gradient import choose_form
+    from longcot.kernels.softmax_gradient import choose_form, prove_form
     from longcot.trainer import weights
     from longcot.trainer.families import decoder_config
     from longcot.trainer.model import Decoder
@@ -174,6 +174,7 @@ def build_model(
     shape = decoder_config(raw)
     backend, why = choose_backend(config.model.attention, world.device, dtype, shape.head_dim)
     form, form_why = choose_form("auto", shape.vocab_size, world.device)
+    prove_form(form, shape.vocab_size, world.device, dtype)
     with torch.device("meta"):  # no process ever holds a whole model
         model = Decoder(shape, backend)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from longcot.kernels import softmax_gradient
 from longcot.kernels.softmax_gradient import (
     choose_form,
     one_read_obstacle,
     one_read_options,
+    prove_form,
     softmax_gradient_,
     softmax_gradient_reference_,
     two_reads_options,
@@ -185,6 +187,23 @@ def test_rows_beyond_32_bits_of_offset_are_reached():
         losses = softmax_gradient_(slab, targets, torch.ones_like(targets).float(), form).losses
         torch.testing.assert_close(losses, torch.full_like(losses, vocab_size).log())
         assert (slab[-1] > 0).sum() == vocab_size - 1 and slab[-1, num_rows - 1] < -0.99
+
+
+@pytest.mark.parametrize("form", ["one_read", "two_reads", "torch"])
+def test_a_form_is_proven_before_it_trains(form, triton_device, monkeypatch):
+    prove_form(form, 101, triton_device, torch.float32)
+    if form != "torch":
+        # As a miscompiled kernel would be: another one, which leaves out the last words.
+        def options(vocab_size):
+            return {"FIRST": 64, "SECOND": 32, "num_warps": 1, "num_ctas": 1}
+
+        monkeypatch.setattr(softmax_gradient, "one_read_options", options)
+        monkeypatch.setattr(
+            softmax_gradient, "_two_reads_kernel", softmax_gradient._one_read_kernel
+        )
+        monkeypatch.setattr(softmax_gradient, "two_reads_options", options)
+        with pytest.raises(ValueError, match=f"{form!r} is wrong on this device with Triton"):
+            prove_form(form, 101, triton_device, torch.float32)
 
 
 def test_every_tile_is_a_power_of_two_and_covers_the_row():
