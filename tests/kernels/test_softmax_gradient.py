@@ -93,7 +93,7 @@ def test_a_confident_right_prediction_keeps_loss_and_gradient(form, probability,
     targets, weights = (torch.tensor(x, device=triton_device) for x in ([700], [1.0]))
     losses, gradient = by_autograd(logits, targets, weights.double(), torch.float64)
     results = softmax_gradient_(logits, targets, weights, form)
-    torch.testing.assert_close(results.losses.double(), losses, rtol=1e-6, atol=0)
+    torch.testing.assert_close(results.losses.double(), losses, rtol=3e-6, atol=0)
     torch.testing.assert_close(logits.double(), gradient, rtol=3e-6, atol=0)
 
 
