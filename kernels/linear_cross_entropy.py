@@ -390,8 +390,8 @@ def _check(
         )
     if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
         raise ValueError(
-            f"hidden is {hidden.dtype}, weight {weight.dtype}: both must be of one dtype, bfloat16, "
-            "float32 or float64 (in float16 a mean's small gradients would vanish)"
+            f"hidden is {hidden.dtype}, weight {weight.dtype}: both must be bfloat16, float32 or "
+            "float64 (in float16 the small gradients of a mean would vanish)"
         )
     for name, rows in (("targets", targets), ("weights", weights)):
         if rows is not None and rows.shape != hidden.shape[:1]:
