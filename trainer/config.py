@@ -44,6 +44,9 @@ class ModelSection:
         "sdpa",
     ] = "auto"
     """Attention backend; auto picks by device and says what it picked."""
+    activations: Literal["keep", "selective", "recompute", "offload"] = "keep"
+    """What blocks keep for the backward pass: all; matmul and attention outputs; their input; or
+    nothing, their input waiting in host memory. Each holds less and computes more than the last."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matmuls; master weights, gradients and Adam states are fp32 either way."""
 

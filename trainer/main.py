@@ -166,6 +166,7 @@ def build_model(
     from longcot.kernels.attention import choose_backend
     from longcot.kernels.softmax_gradient import choose_form, prove_form
     from longcot.trainer import weights
+    from longcot.trainer.activations import keep_activations
     from longcot.trainer.families import decoder_config
     from longcot.trainer.model import Decoder
     from longcot.trainer.parallel import shard
@@ -177,6 +178,7 @@ def build_model(
     prove_form(form, shape.vocab_size, world.device, dtype)
     with torch.device("meta"):  # no process ever holds a whole model
         model = Decoder(shape, backend)
+    keep_activations(model, config.model.activations)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     shard(model, world.mesh, dtype)
     model.to_empty(device=world.device)
@@ -191,7 +193,7 @@ def build_model(
         f"{recipe}: {num_parameters:,} parameters ({config.model.path or 'random weights'}) on "
         f"{world.describe()}, {config.model.dtype} matmuls, fp32 masters and states\n"
         f"attention: {backend} ({why})\n"
-        f"head: softmax {form} ({form_why})\n"
+        f"head: softmax {form} ({form_why}); activations: {config.model.activations}\n"
         f"data: {len(dataset):,} rows, {dataset.lengths.sum():,} tokens, "
         f"{len(dropped):,} rows dropped"
         f"{''.join(f'; {row}' for row in dropped[:3])}; {epochs:.2f} epochs\n"

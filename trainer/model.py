@@ -13,6 +13,7 @@ vocabulary.
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -120,8 +121,15 @@ class Block(nn.Module):
         self.attention = Attention(config, backend)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon)
         self.feed_forward = FeedForward(config)
+        # How `compute` is called: trainer/activations.py may have it called twice.
+        self.run: Callable[..., Tensor] = lambda compute, *arguments: compute(*arguments)
 
     def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Tensor:
+        return self.run(self.compute, x, cos, sin, cu_seqlens, max_seqlen)
+
+    def compute(
         self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
         attended = self.attention(self.input_norm(x), cos, sin, cu_seqlens, max_seqlen)
