@@ -29,7 +29,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from .model import Decoder
+from .model import Block, Decoder
 
 Activations = Literal["keep", "selective", "recompute", "offload"]
 
@@ -40,18 +40,15 @@ _ATTENTION_WORDS = ("attention", "attn", "flash", "flex")
 
 def keep_activations(model: Decoder, activations: Activations) -> None:
     """Let every block of `model` run so; call it before sharding."""
-    if activations == "keep":
-        return
-    if activations == "selective":
-        for block in model.blocks:
-            block.run = _run_selectively
-        return
     inputs = HostInputs() if activations == "offload" else DeviceInputs()
     for number, block in enumerate(model.blocks):
-        # The last block's input is wanted back at once: it stays where it is.
-        is_last = number == len(model.blocks) - 1
-        store = DeviceInputs() if is_last else inputs
-        block.run = functools.partial(_run_again, store, number)
+        assert isinstance(block, Block)
+        if activations == "selective":
+            block.run = _run_selectively
+        elif activations != "keep":
+            # The last block's input is wanted back at once: it stays where it is.
+            is_last = number == len(model.blocks) - 1
+            block.run = functools.partial(_run_again, DeviceInputs() if is_last else inputs, number)
 
 
 def _run_again(store: Any, number: int, compute: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -7,11 +7,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from longcot.data.batch import PackedBatch
 from longcot.trainer import weights
-from longcot.trainer.activations import keep_activations
+from longcot.trainer.activations import Activations, keep_activations
 from longcot.trainer.model import Decoder, DecoderConfig
 from longcot.trainer.parallel import shard
 
-MODES = ["keep", "selective", "recompute", "offload"]
+MODES: list[Activations] = ["keep", "selective", "recompute", "offload"]
 NUM_LAYERS, HIDDEN_SIZE = 5, 48
 SHAPE = DecoderConfig(
     vocab_size=97, hidden_size=HIDDEN_SIZE, intermediate_size=96, num_layers=NUM_LAYERS,
