@@ -70,7 +70,7 @@ def start_world() -> World:
 
 
 def shard(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Shard `model` in place: fp32 master weights, `dtype` matmuls, fp32 reduction."""
+    """Shard `model` in place, its weights in their own dtype: `dtype` matmuls, fp32 reduction."""
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
     )
