@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..data.batch import PackedBatch
@@ -26,6 +27,17 @@ class StepResult:
     learning_rate: float
     num_tokens: int
     num_targets: int
+    is_skipped: bool = False
+    """Loss or gradient was not finite, and the update was left out, as asked for."""
+
+
+class NotFiniteError(FloatingPointError):
+    """Loss or gradient of a step is not finite; the weights are as they were before it."""
+
+    def __init__(self, loss: float, gradient_norm: float, packs: list[tuple[int, int]]) -> None:
+        self.loss, self.gradient_norm, self.packs = loss, gradient_norm, packs
+        """(rank, micro-step) of each pack whose own loss is not finite, of all ranks."""
+        super().__init__(f"loss {loss}, gradient norm {gradient_norm}: the update was not made")
 
 
 def train_step(
@@ -44,29 +56,37 @@ def train_step(
     gradients over the ranks, hence the factor.
 
     Raises:
-        FloatingPointError: loss or gradient is not finite; the weights are left as they were.
+        NotFiniteError: loss or gradient is not finite; on every rank alike.
     """
     world_size = dist.get_world_size()
     scale = world_size / num_targets
-    scaled_loss_sum = torch.zeros((), device=device)
+    pack_losses = []
     for micro_step, batch in enumerate(batches):
         # Ranks exchange gradients once a step: the earlier micro-steps add up locally.
         model.set_requires_gradient_sync(micro_step == len(batches) - 1)  # type: ignore[operator]
         pack_loss = model(batch.to(device), scale)
         pack_loss.backward()
-        scaled_loss_sum += pack_loss.detach()
+        pack_losses.append(pack_loss.detach())
+    scaled_loss_sum = torch.stack(pack_losses).sum()
     dist.all_reduce(scaled_loss_sum)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_gradient_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     figures = torch.stack([scaled_loss_sum / world_size, norm])
     loss, gradient_norm = figures.tolist()  # the step's one host sync
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-        raise FloatingPointError(
-            f"loss {loss}, gradient norm {gradient_norm}: the update was not made"
-        )
+        optimizer.zero_grad()
+        raise NotFiniteError(loss, gradient_norm, _not_finite(pack_losses))
     optimizer.step()
     optimizer.zero_grad()
     return loss, gradient_norm
+
+
+def _not_finite(pack_losses: list[Tensor]) -> list[tuple[int, int]]:
+    """(rank, micro-step) of the packs to blame, of all ranks; called by all of them or by none."""
+    own = [i for i, loss in enumerate(pack_losses) if not math.isfinite(loss.item())]
+    of_ranks: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, own)
+    return [(rank, i) for rank, packs in enumerate(of_ranks) for i in packs]
 
 
 def train(
@@ -78,16 +98,21 @@ def train(
     max_gradient_norm: float,
     device: torch.device,
     after_step: Callable[[StepResult], None],
+    skips_not_finite: bool = False,
 ) -> None:
     """Run the given steps; `after_step` logs and saves.
 
+    Args:
+        skips_not_finite: leave out the update of a step that is not finite, and go on.
+
     Raises:
-        FloatingPointError: as `train_step`, with the step's number.
+        FloatingPointError: a step is not finite; names it and the rows of the packs to blame.
     """
     for step, (plan, batches) in enumerate(steps):
         rate = learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        is_skipped = False
         try:
             loss, gradient_norm = train_step(
                 model,
@@ -97,8 +122,12 @@ def train(
                 max_gradient_norm=max_gradient_norm,
                 device=device,
             )
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {step + 1}: {error}") from error
+        except NotFiniteError as error:
+            if not skips_not_finite:
+                raise FloatingPointError(
+                    f"step {step + 1}: {error}; {_blame(plan, error)}"
+                ) from error
+            loss, gradient_norm, is_skipped = error.loss, error.gradient_norm, True
         after_step(
             StepResult(
                 step=step + 1,
@@ -107,5 +136,16 @@ def train(
                 learning_rate=rate,
                 num_tokens=plan.num_tokens,
                 num_targets=plan.num_targets,
+                is_skipped=is_skipped,
             )
         )
+
+
+def _blame(plan: StepPlan, error: NotFiniteError) -> str:
+    if not error.packs:
+        return "the loss of every pack is finite, the gradient is not"
+    rows = [
+        f"{', '.join(map(str, plan.packs[rank][i]))} (rank {rank}, pack {i})"
+        for rank, i in error.packs
+    ]
+    return f"not finite is the loss of rows {'; '.join(rows)}"

@@ -36,6 +36,8 @@ class StepLog:
             "seconds": round(seconds, 4),
             "data_wait_seconds": round(waited_seconds, 4),
         }
+        if result.is_skipped:  # JSON has no NaN
+            row |= {"loss": None, "grad_norm": None, "skipped": True}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._progress.advance(1, result.num_tokens, f"loss {result.loss:.3f}")
