@@ -80,6 +80,7 @@ types: $(VENV)/dev-installed ## basedpyright over all folders
 bench: install ## the benchmarks
 	$(BIN)/python -m longcot.kernels
 	$(BIN)/python -m longcot.benchmarks linear_cross_entropy
+	$(BIN)/python -m longcot.benchmarks packing
 	$(BIN)/python -m longcot.benchmarks weights
 
 clean: ## remove .venv, build products and caches; runs/ stays

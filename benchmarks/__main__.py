@@ -38,6 +38,34 @@ def _linear_cross_entropy(arguments: argparse.Namespace) -> list[str]:
     return _finish(arguments, document, failures(document))
 
 
+def _packing(arguments: argparse.Namespace) -> list[str]:
+    from .packing import failures, measure
+
+    document = measure(
+        seed=arguments.seed,
+        num_steps=arguments.steps,
+        num_planned_steps=max(arguments.steps, arguments.planned_steps),
+        num_other_steps=arguments.other_steps,
+        out=arguments.out,
+    )
+    return _finish(arguments, document, failures(document))
+
+
+def _tokenizing(arguments: argparse.Namespace) -> list[str]:
+    from .tokenizing import failures, measure, table
+
+    document = measure(
+        num_rows=arguments.rows,
+        num_processes=arguments.processes,
+        num_rounds=arguments.rounds,
+        seconds=arguments.seconds,
+        out=arguments.out,
+    )
+    if not arguments.json:
+        print("\n".join(table(document)))
+    return _finish(arguments, document, failures(document))
+
+
 def _finish(arguments: argparse.Namespace, figures: Any, failures: list[str]) -> list[str]:
     if arguments.json:
         print(json.dumps(figures))
@@ -79,7 +107,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--out", type=Path, help="JSON file, written after each shape")
     add("--commit", help="recorded where the tree is not a git checkout")  # fmt: skip
-    for command in (weights, head):
+
+    packing = names.add_parser("packing", help="how evenly and fully documents are packed")
+    packing.set_defaults(run=_packing)
+    packing.add_argument("--seed", type=int, default=0, help="of the lengths drawn")
+    packing.add_argument("--steps", type=int, default=80, help="steps that figures are means of")
+    packing.add_argument("--planned-steps", type=int, default=640, help="steps planned for time")
+    packing.add_argument("--other-steps", type=int, default=6, help="steps of other distributions")
+    packing.add_argument("--out", type=Path, help="JSON file, written at the end")
+    tokenizing = names.add_parser("tokenizing", help="rows to token ids, against datasets.map")
+    tokenizing.set_defaults(run=_tokenizing)
+    tokenizing.add_argument("--rows", type=int, default=2000, help="of about 21,500 characters")
+    tokenizing.add_argument("--processes", type=int, default=2, help="for each of the variants")
+    tokenizing.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    tokenizing.add_argument("--seconds", type=float, default=540.0, help="for all rounds")
+    tokenizing.add_argument("--out", type=Path, help="JSON file")
+    for command in (weights, head, packing, tokenizing):
         command.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser
 

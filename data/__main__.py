@@ -1,16 +1,22 @@
-"""`python -m longcot.data countdown`: build training and held-out rows and a tokenizer."""
+"""`python -m longcot.data countdown`: build training and held-out rows and a tokenizer.
+
+`python -m longcot.data inspect PATH`: what rows of any source would be to a training run.
+"""
 
 import json
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
+from tyro.conf import Positional
 
 from .countdown import Teacher, build_examples
 from .examples import write_examples
 from .files import checksum, publish_directory, remove_partials, write_json_atomic
+from .rules import Duplicates, OnBadRow, OverLong, ResponseForm, Rules, Targets, Template
 from .tokenizer import save_tokenizer, train_tokenizer
 
 
@@ -99,10 +105,104 @@ def countdown(settings: Countdown) -> None:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspect:
+    """Lengths, dropped rows, packs, steps and one decoded row of a data set; trains nothing."""
+
+    path: Positional[str]
+    """JSONL or Parquet file, quoted glob, folder of such files or of `datasets.save_to_disk`, what
+    `longcot.data` built, or a data set of the Hugging Face hub with its revision."""
+    tokenizer: Path | None = None
+    """Folder of the base or its tokenizer; None: `tokenizer/` in PATH."""
+    revision: str | None = None
+    """Commit of a data set of the hub, 40 hex digits."""
+    subset: str | None = None
+    """Configuration of a data set of the hub."""
+    split: str = "train"
+    """Split of the hub's data set, a saved one, or a folder whose file names have splits."""
+    tokenized: Path | None = None
+    """Keep the token ids in this folder, for training to reuse with `--data.tokenized`; None: made
+    in a temporary folder."""
+    sequences_per_step: int = 64
+    """Rows of one optimizer step, over all ranks."""
+    tokens_per_pack: int = 8192
+    """Most tokens in one pack."""
+    world_size: int = 1
+    """Ranks."""
+    seed: int = 0
+    """Decides the order of the rows."""
+    cost_quadratic: float = 2e-5
+    """A document of s tokens costs s + this * s^2; the default is about Qwen3-8B's."""
+    template: Template = "chat"
+    """The tokenizer's chat template with its generation prompt, or `Question: ... Answer:`."""
+    response: ResponseForm = "alone"
+    """Tokenized alone with the end-of-sequence token behind it, or as the template renders it."""
+    targets: Targets = "response"
+    """Learn the last turn of the assistant, or its earlier turns too."""
+    over_long: OverLong = "drop"
+    """What happens to rows longer than a pack; a truncated one has no end-of-sequence target."""
+    on_bad_row: OnBadRow = "drop"
+    """A row that cannot be used is dropped into the ledger, or ends the inspection."""
+    duplicates: Duplicates = "keep"
+    """Rows that equal an earlier one are listed either way."""
+    prompt_column: str | None = None
+    """Column of the prompt, text or turns; None finds `messages`, `message` or `prompt`."""
+    response_column: str | None = None
+    """Column of the response; None finds `response` or `completion`, or takes the last turn."""
+    num_processes: int | None = None
+    """Processes that tokenize; None: one per core."""
+
+
+def inspect(settings: Inspect) -> None:
+    """Tokenize the rows as training would, and print what they are.
+
+    Raises:
+        ValueError: a source, tokenizer or setting that cannot be used.
+        OSError: a file cannot be read or written.
+    """
+    from .inspection import Steps, report
+    from .packing import CostModel
+    from .sources import open_source, scan
+    from .tokenized import open_or_build
+
+    for name in ("sequences_per_step", "tokens_per_pack", "world_size"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}, it must be at least 1")
+    tokenizer = settings.tokenizer or Path(settings.path) / "tokenizer"
+    if not tokenizer.is_dir():
+        raise ValueError(f"there is no tokenizer folder {tokenizer}: name one with --tokenizer")
+    rules = Rules(
+        **{name: getattr(settings, name) for name in Rules.__slots__}  # the same names
+    )
+    steps = Steps(
+        sequences_per_step=settings.sequences_per_step,
+        tokens_per_pack=settings.tokens_per_pack,
+        world_size=settings.world_size,
+        cost=CostModel(linear=1.0, quadratic=settings.cost_quadratic),
+        seed=settings.seed,
+    )
+    source = open_source(
+        settings.path, split=settings.split, subset=settings.subset, revision=settings.revision
+    )
+    print(f"{settings.path}: {len(source.files)} {source.kind} files", flush=True)
+    with tempfile.TemporaryDirectory(prefix="longcot-inspect-") as scratch:
+        dataset = open_or_build(
+            settings.tokenized or Path(scratch) / "tokenized",
+            scan(source),
+            tokenizer_path=tokenizer,
+            max_tokens=settings.tokens_per_pack,
+            rules=rules,
+            num_processes=settings.num_processes,
+        )
+        print(report(dataset, steps, colour=sys.stdout.isatty()))
+
+
 def main() -> None:
-    settings = tyro.extras.subcommand_cli_from_dict({"countdown": Countdown}, description=__doc__)
+    settings = tyro.extras.subcommand_cli_from_dict(
+        {"countdown": Countdown, "inspect": Inspect}, description=__doc__
+    )
     try:
-        countdown(settings)
+        inspect(settings) if isinstance(settings, Inspect) else countdown(settings)
     except (ValueError, OSError) as error:
         sys.exit(f"longcot.data: {error}")
 

@@ -42,41 +42,54 @@ class PackedBatch:
 
 def pack_documents(
     documents: Sequence[np.ndarray],  # token ids of each, prompt and response
-    prompt_lengths: Sequence[int],
+    target_masks: Sequence[np.ndarray],  # bool, as long as each: the token is to be learnt
+    weights: Sequence[float] | None = None,  # multiplies the loss of each document's tokens
 ) -> PackedBatch:
-    """Lay whole documents one behind the other; targets are the tokens behind each prompt.
+    """Lay whole documents one behind the other; token p's target is p + 1 where that is one.
 
-    No target crosses a document's end: its last token predicts nothing.
+    No target crosses a document's end: its last token predicts nothing, and nothing predicts its
+    first.
 
     Raises:
-        ValueError: no documents, or one whose prompt leaves no target.
+        ValueError: no documents, an empty one, one without a target, or a mask of another length.
     """
     if not documents:
         raise ValueError("a pack needs at least one document")
     lengths = np.array([len(document) for document in documents])
-    prompts = np.array(prompt_lengths)
-    if (prompts < 1).any() or (prompts >= lengths).any():
-        bad = int(np.argmax((prompts < 1) | (prompts >= lengths)))
+    mask_lengths = np.array([len(mask) for mask in target_masks])
+    if not np.array_equal(lengths, mask_lengths):
         raise ValueError(
-            f"document {bad} has {lengths[bad]} tokens and a prompt of {prompts[bad]}: nothing to "
-            "learn"
+            f"documents of {lengths.tolist()} tokens have masks of {mask_lengths.tolist()}: they "
+            "must be as long"
         )
+    if not lengths.all():
+        raise ValueError(f"document {int(lengths.argmin())} has no tokens")
     ends = lengths.cumsum()
     starts = ends - lengths
+    is_target = np.concatenate(target_masks).astype(np.bool_)
+    is_target[starts] = False  # nothing stands before it to predict it
+    num_targets = np.add.reduceat(is_target, starts, dtype=np.int64)
+    if not num_targets.all():
+        bad = int(num_targets.argmin())
+        raise ValueError(
+            f"document {bad} has {lengths[bad]} tokens and no target: nothing to learn"
+        )
     input_ids = np.concatenate(documents).astype(np.int64)
-    positions = np.arange(ends[-1]) - starts.repeat(lengths)
-    targets = np.append(input_ids[1:], IGNORE_INDEX)
-    # Token p predicts token p + 1, so the first to predict a response token is the prompt's last.
-    predicts = (positions >= (prompts - 1).repeat(lengths)) & (
-        positions < (lengths - 1).repeat(lengths)
-    )
-    targets[~predicts] = IGNORE_INDEX
+    targets = np.where(np.append(is_target[1:], False), np.append(input_ids[1:], 0), IGNORE_INDEX)
+    token_weights = None
+    if weights is not None and any(weight != 1 for weight in weights):
+        token_weights = torch.from_numpy(np.array(weights, dtype=np.float32).repeat(lengths))
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         targets=torch.from_numpy(targets),
-        position_ids=torch.from_numpy(positions),
+        position_ids=torch.from_numpy(np.arange(ends[-1]) - starts.repeat(lengths)),
         cu_seqlens=torch.from_numpy(np.append(0, ends).astype(np.int32)),
         max_seqlen=int(lengths.max()),
-        num_targets=int((lengths - prompts).sum()),
-        weights=None,
+        num_targets=int(num_targets.sum()),
+        weights=token_weights,
     )
+
+
+def prompt_mask(length: int, prompt_length: int) -> np.ndarray:
+    """(length,) bool: every token behind a prompt is a target."""
+    return np.arange(length) >= prompt_length

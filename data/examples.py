@@ -1,4 +1,8 @@
-"""One row of training or evaluation data, and the JSONL files that hold such rows."""
+"""One row of training or evaluation data, and the JSONL files that hold such rows.
+
+`data/sources.py` finds rows in other files and `data/columns.py` reads other columns; what both
+arrive at is an `Example`.
+"""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -13,7 +17,8 @@ class Example:
 
     id: str
     messages: list[dict[str, str]]
-    """Chat turns before the response, each `{"role": ..., "content": ...}`."""
+    """Chat turns before the response, each `{"role": ..., "content": ...}`; of a row with several
+    turns of the assistant all but the last."""
     response: str
     """What the model is to learn to write, without the end-of-sequence token."""
     answer: Any
@@ -21,6 +26,8 @@ class Example:
     """
     source: str
     """Who wrote the response, for example `countdown/restate`."""
+    weight: float = 1.0
+    """Multiplies the loss of the row's tokens; the paper's column `advantage`."""
 
 
 _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
@@ -29,6 +36,7 @@ _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "response": str,
     "source": str,
 }
+_REQUIRED = tuple(name for name in Example.__slots__ if name != "weight")
 
 
 def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
@@ -36,7 +44,10 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> int:
     num_rows = 0
     with Path(path).open("w", encoding="utf-8") as file:
         for example in examples:
-            file.write(json.dumps(asdict(example), ensure_ascii=False) + "\n")
+            row = asdict(example)
+            if example.weight == 1.0:
+                del row["weight"]
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
             num_rows += 1
     return num_rows
 
@@ -52,36 +63,76 @@ def read_examples(path: str | Path) -> Iterator[Example]:
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _parse(line, f"{path}, line {number}")
+                try:
+                    yield _example(parse_line(line))
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from error
 
 
-def _parse(line: bytes, where: str) -> Example:
+def parse_line(line: bytes) -> dict[str, Any]:
+    """A line of JSONL as a dictionary.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, or not an object.
+    """
     try:
         row = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+    except UnicodeDecodeError as error:
         raise ValueError(
-            f"{where}: not a line of JSON ({error}); repair or remove the line"
+            f"bytes that are not UTF-8: byte {error.start} of the line; repair or remove the line"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        hint = "a JSON array? write one object per line" if line.lstrip()[:1] == b"[" else ""
+        raise ValueError(
+            f"not a line of JSON: {error}; {hint or 'repair or remove the line'}"
         ) from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    missing = [name for name in Example.__slots__ if name not in row]
-    if missing:
-        raise ValueError(
-            f"{where}: no field {', '.join(missing)}; it has {', '.join(sorted(row)) or 'none'}"
-        )
-    for name, kind in _FIELD_TYPES.items():
-        if not isinstance(row[name], kind):
-            raise ValueError(
-                f"{where}: field {name!r} is {type(row[name]).__name__}, expected {kind}"
-            )
-    for turn in row["messages"]:
+        raise ValueError(f"not a JSON object: found {type(row).__name__}, expected one per line")
+    return row
+
+
+def check_turns(turns: Any, name: str) -> None:
+    """Refuse turns that are not a list of objects with a string role and content.
+
+    Raises:
+        ValueError: naming the first turn that is wrong.
+    """
+    if not isinstance(turns, list):
+        raise ValueError(f"wrong type: field {name!r} is {type(turns).__name__}, expected list")
+    for turn in turns:
         if not (
             isinstance(turn, dict)
             and isinstance(turn.get("role"), str)
             and isinstance(turn.get("content"), str)
         ):
             raise ValueError(
-                f"{where}: every turn of 'messages' needs a string 'role' and 'content', found "
-                f"{turn!r}"
+                f"wrong type: every turn of {name!r} needs a string 'role' and 'content', found "
+                f"{repr(turn)[:200]}"
             )
-    return Example(**{name: row[name] for name in Example.__slots__})
+
+
+def check_weight(weight: Any, name: str) -> float:
+    """A finite weight of at least 0.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise ValueError(f"wrong type: field {name!r} is {type(weight).__name__}, expected number")
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"wrong weight: field {name!r} is {weight}, it must be finite and >= 0")
+    return float(weight)
+
+
+def _example(row: dict[str, Any]) -> Example:
+    missing = [name for name in _REQUIRED if name not in row]
+    if missing:
+        raise ValueError(
+            f"no field {', '.join(missing)}; it has {', '.join(sorted(row)) or 'none'}"
+        )
+    for name, kind in _FIELD_TYPES.items():
+        if not isinstance(row[name], kind):
+            raise ValueError(f"field {name!r} is {type(row[name]).__name__}, expected {kind}")
+    check_turns(row["messages"], "messages")
+    weight = check_weight(row.get("weight", 1.0), "weight")
+    return Example(**{name: row[name] for name in _REQUIRED}, weight=weight)

@@ -1,21 +1,27 @@
-"""Packs made ahead of the step, in a thread of their own: the step waits only when making them is
+"""Packs made ahead of the step, in threads of their own: the step waits only when making them is
 slower.
 """
 
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from .batch import PackedBatch, pack_documents
 from .packing import StepPlan
 from .tokenized import TokenizedDataset
 
-STEPS_AHEAD = 2
+NUM_WORKERS = 2
+STEPS_AHEAD = 3
+"""Steps in the making or ready, besides the one in use: one for each worker, one ready."""
 
 
 class StepLoader:
-    """Iterates over (plan, this rank's packs) of steps 0 to `num_steps` - 1."""
+    """Iterates over (plan, this rank's packs) of steps `first_step` to `num_steps` - 1.
+
+    What a step holds depends on its number alone, so a resumed run passes the number of steps done
+    and nothing else.
+    """
 
     def __init__(
         self,
@@ -25,62 +31,48 @@ class StepLoader:
         rank: int,
         num_steps: int,
         pin_memory: bool,
+        first_step: int = 0,
     ) -> None:
         self._waited_seconds = 0.0
         self._dataset = dataset
         self._plan = plan
         self._rank = rank
-        self._steps = range(num_steps)
+        self._steps = range(first_step, num_steps)
         self._pin_memory = pin_memory
-        self._ready: queue.Queue[tuple[StepPlan, list[PackedBatch]] | BaseException] = queue.Queue(
-            STEPS_AHEAD
-        )
-        self._stopped = threading.Event()
-        # A daemon: a failing step must not be kept alive by the packs that nobody will fetch.
-        self._thread = threading.Thread(target=self._work, name="longcot-loader", daemon=True)
 
     def __iter__(self) -> Iterator[tuple[StepPlan, list[PackedBatch]]]:
-        """Yield the steps in order.
+        """Yield the steps in order; leaving early stops the workers.
 
         Raises:
-            Whatever made the worker fail, in the step that needed its result.
+            Whatever made a worker fail, in the step that needed its result.
         """
-        self._thread.start()
+        pool = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="longcot-loader")
         try:
-            for _ in self._steps:
+            ahead = deque(pool.submit(self._step, step) for step in self._steps[:STEPS_AHEAD])
+            for step in self._steps:
                 started = time.perf_counter()
-                item = self._ready.get()
+                made = ahead.popleft().result()
                 self._waited_seconds += time.perf_counter() - started
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+                if step + STEPS_AHEAD in self._steps:
+                    ahead.append(pool.submit(self._step, step + STEPS_AHEAD))
+                yield made
         finally:
-            self._stopped.set()
+            # Without waiting: nobody will fetch what a worker still makes, it ends after that.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def take_waited_seconds(self) -> float:
         """How long the steps have waited for their packs since this was last asked."""
         waited, self._waited_seconds = self._waited_seconds, 0.0
         return waited
 
-    def _work(self) -> None:
-        for step in self._steps:
-            try:
-                plan = self._plan(step)
-                item = (plan, [self._make(pack) for pack in plan.packs[self._rank]])
-            except BaseException as error:  # handed to the step that waits for it, which raises it
-                item = error
-            while not self._stopped.is_set():
-                try:
-                    self._ready.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if self._stopped.is_set() or isinstance(item, BaseException):
-                return
+    def _step(self, step: int) -> tuple[StepPlan, list[PackedBatch]]:
+        plan = self._plan(step)
+        return plan, [self._make(pack) for pack in plan.packs[self._rank]]
 
     def _make(self, pack: tuple[int, ...]) -> PackedBatch:
         batch = pack_documents(
             [self._dataset.row(i) for i in pack],
-            [int(self._dataset.prompt_lengths[i]) for i in pack],
+            [self._dataset.target_mask(i) for i in pack],
+            [float(self._dataset.weights[i]) for i in pack],
         )
         return batch.pinned() if self._pin_memory else batch

@@ -1,13 +1,40 @@
 """Which examples go into which pack, on which rank, in which micro-step: a pure function, no state.
 
-A step takes `sequences_per_step` examples in epoch order. Longest first, each goes to the least
-loaded pack that still has room; every rank gets the same number of packs, and packs of like size
-run side by side, because sharded ranks wait for each other in every micro-step.
+A step takes `sequences_per_step` examples in epoch order; `balancing` divides them so that the step
+is short. Every rank gets the same number of packs, because sharded ranks meet in every micro-step.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
+
+from .balancing import balance
+from .placement import Documents, fewest_packs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostModel:
+    """A document of s tokens costs `linear * s + quadratic * s**2`, in any unit.
+
+    `trainer.flops` derives both from a model's config.
+    """
+
+    linear: float
+    quadratic: float
+
+    def __post_init__(self) -> None:
+        for name in ("linear", "quadratic"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"cost.{name} is {value}, it must be finite and not negative")
+        if self.linear == self.quadratic == 0:
+            raise ValueError("cost.linear and cost.quadratic are both 0: every plan would be equal")
+
+    def of(self, lengths: np.ndarray) -> np.ndarray:
+        """(N,) float64, the cost of documents of these lengths, (N,) tokens."""
+        tokens = lengths.astype(np.float64)
+        return self.linear * tokens + self.quadratic * tokens * tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,11 +57,13 @@ def plan_step(
     sequences_per_step: int,
     tokens_per_pack: int,
     world_size: int,
+    cost: CostModel,
     seed: int | None,
 ) -> StepPlan:
     """The plan of optimizer step `step`, counted from 0; the same on every rank.
 
     Args:
+        cost: what a document costs; ranks wait for the costliest pack of each micro-step.
         seed: shuffles each epoch anew; None keeps the rows in file order, epoch after epoch.
 
     Raises:
@@ -54,8 +83,11 @@ def plan_step(
             f"an example of {longest} tokens does not fit tokens_per_pack {tokens_per_pack}: "
             "raise it"
         )
-    packs = _pack(examples, lengths, tokens_per_pack, world_size)
-    packs.sort(key=lambda pack: (-int(lengths[pack].sum()), pack))
+    longest_first = examples[np.argsort(-lengths[examples], kind="stable")]
+    docs = documents(lengths[longest_first], cost, tokens_per_pack, world_size)
+    packs = [longest_first[pack].tolist() for pack in balance(docs) or ()]
+    if not packs:
+        raise ValueError(_unfillable(docs))
     return StepPlan(
         packs=tuple(
             tuple(tuple(pack) for pack in packs[rank::world_size]) for rank in range(world_size)
@@ -73,45 +105,42 @@ def step_examples(
     epochs, places = np.divmod(positions, num_examples)
     if seed is None:
         return places
-    orders = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(num_examples)
-        for epoch in np.unique(epochs).tolist()
-    }
-    return np.array([orders[e][p] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)])
+    examples = np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        examples[here] = _epoch_order(seed, epoch, num_examples)[places[here]]
+    return examples
 
 
-def _pack(
-    examples: np.ndarray, lengths: np.ndarray, capacity: int, world_size: int
-) -> list[list[int]]:
-    """Fewest packs, a multiple of `world_size`, in which longest-first placement finds room for
-    all.
-    """
-    longest_first = sorted(examples.tolist(), key=lambda i: (-int(lengths[i]), i))
-    fewest = -(-int(lengths[examples].sum()) // capacity)
-    num_packs = -(-fewest // world_size) * world_size
-    while num_packs <= len(examples):
-        packs = _place(longest_first, lengths, capacity, num_packs)
-        if packs is not None:
-            return packs
-        num_packs += world_size
-    raise ValueError(
-        f"{len(examples)} sequences cannot fill {num_packs} packs of {capacity} tokens, "
-        f"{num_packs // world_size} on "
-        f"each of {world_size} ranks: raise tokens_per_pack, or make sequences_per_step a "
-        f"multiple of {world_size}"
+def documents(
+    lengths: np.ndarray,  # (N,) tokens, longest first
+    cost: CostModel,
+    tokens_per_pack: int,
+    world_size: int,
+) -> Documents:
+    """A step's documents with their costs in whole numbers, the costliest 2^32."""
+    costs = cost.of(lengths)
+    return Documents(
+        lengths=lengths.astype(np.float64),
+        costs=np.rint(costs * (2.0**32 / costs.max())),
+        capacity=tokens_per_pack,
+        world_size=world_size,
     )
 
 
-def _place(
-    longest_first: list[int], lengths: np.ndarray, capacity: int, num_packs: int
-) -> list[list[int]] | None:
-    """Each example into the lightest pack; None where one does not fit. No pack stays empty."""
-    packs: list[list[int]] = [[] for _ in range(num_packs)]
-    loads = np.zeros(num_packs, dtype=np.int64)
-    for example in longest_first:
-        lightest = int(loads.argmin())
-        if loads[lightest] + lengths[example] > capacity:
-            return None
-        packs[lightest].append(example)
-        loads[lightest] += lengths[example]
-    return packs
+@functools.lru_cache(maxsize=2)  # a million rows take 20 ms to shuffle, and a step asks each time
+def _epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+    order.flags.writeable = False
+    return order
+
+
+def _unfillable(docs: Documents) -> str:
+    num_sequences, size = len(docs.lengths), docs.world_size
+    num_packs = max(fewest_packs(docs), num_sequences + 1)
+    num_packs = -(-num_packs // size) * size
+    return (
+        f"{num_sequences} sequences cannot fill {num_packs} packs of {docs.capacity} tokens, "
+        f"{num_packs // size} on each of {size} ranks: raise tokens_per_pack, or make "
+        f"sequences_per_step a multiple of {size}"
+    )

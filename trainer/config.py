@@ -48,7 +48,7 @@ class ModelSection:
     """What blocks keep for the backward pass: all; matmul and attention outputs; their input; or
     nothing, their input waiting in host memory. Each holds less and computes more than the last."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the matmuls; master weights, gradients and Adam states are fp32 either way."""
+    """Dtype of the matmuls; that of weights and Adam states is `optimizer.precision`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,11 +56,40 @@ class DataSection:
     """What is trained on, and how it is cut into steps."""
 
     path: Path = Path("runs/data/countdown")
-    """Folder with train.jsonl, heldout.jsonl and tokenizer/."""
+    """What `longcot.data` built; or a JSONL or Parquet file, a quoted glob, a folder of such files
+    or of `datasets.save_to_disk`, or a data set of the Hugging Face hub with its revision."""
+    revision: str | None = None
+    """Commit of a data set of the hub, 40 hex digits."""
+    subset: str | None = None
+    """Configuration of a data set of the hub."""
+    split: str = "train"
+    """Split of the hub's data set, a saved one, or a folder whose file names have splits."""
+    prompt_column: str | None = None
+    """Column of the prompt, text or turns; None finds `messages`, `message` or `prompt`."""
+    response_column: str | None = None
+    """Column of the response; None finds `response` or `completion`, or takes the last turn."""
+    tokenizer: Path | None = None
+    """Tokenizer of a model from random weights; None: `tokenizer/` in `path`."""
+    tokenized: Path | None = None
+    """Folder of the token ids, which runs may share; None: in the run folder."""
+    template: Literal["chat", "plain"] = "chat"
+    """The tokenizer's chat template with its generation prompt, or `Question: ... Answer:`."""
+    response: Literal["alone", "template"] = "alone"
+    """Tokenized alone with the end-of-sequence token behind it, or as the template renders it."""
+    targets: Literal["response", "every_turn"] = "response"
+    """Learn the last turn of the assistant, or its earlier turns too."""
+    over_long: Literal["drop", "error", "truncate"] = "drop"
+    """What happens to rows longer than a pack; a truncated one has no end-of-sequence target."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """A row that cannot be used ends the run, or is dropped into the ledger."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Rows that equal an earlier one are listed either way."""
+    num_processes: int | None = None
+    """Processes that tokenize, on the first rank's machine; None: one per core it may use."""
     sequences_per_step: int = 64
     """Rows of one optimizer step, over all ranks."""
     tokens_per_pack: int = 8192
-    """Most tokens in one pack, which a rank holds at a time. Longer rows are dropped and listed."""
+    """Most tokens in one pack, which a rank holds at a time."""
     shuffle: bool = True
     """Shuffle every epoch anew, by seed; otherwise file order, as in the paper."""
     seed: int = 0
@@ -71,6 +100,9 @@ class DataSection:
 class OptimizerSection:
     """AdamW on all parameters, the gradient clipped by its global norm."""
 
+    precision: Literal["fp32_master", "bf16_stochastic", "paper"] = "fp32_master"
+    """fp32 weights and states (12 bytes a parameter); bf16 weights, rounded stochastically, and
+    fp32 states (10); or bf16 for both, rounded to nearest (6), as in the paper's runs."""
     learning_rate: float = 2e-3
     """Peak learning rate."""
     warmup_ratio: float = 0.1
@@ -99,6 +131,11 @@ class RunSection:
     """Optimizer steps."""
     checkpoint_steps: tuple[int, ...] = (0, 640)
     """Steps after which the model is saved, 0 for before training; the last step always is."""
+    on_not_finite: Literal["halt", "skip"] = "halt"
+    """A step whose loss or gradient is not finite never changes the weights; the run ends, naming
+    step and rows, or leaves that step out and says so in metrics.jsonl."""
+    profile: str | None = None
+    """START:END, steps counted from 1: write traces of what hosts and GPUs did in them."""
     checkpoint_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of saved models."""
     seed: int = 0
@@ -143,6 +180,20 @@ def check(config: Config) -> None:
     ):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}, it must lie between 0 and 1")
+    if config.model.path is not None and config.data.tokenizer is not None:
+        raise ValueError(
+            f"data.tokenizer is {config.data.tokenizer}, but the base {config.model.path} brings "
+            "its own: leave it out"
+        )
+    if config.data.num_processes is not None and config.data.num_processes < 1:
+        raise ValueError(
+            f"data.num_processes is {config.data.num_processes}, it must be at least 1"
+        )
+    if config.optimizer.precision != "fp32_master" and config.model.dtype != "bfloat16":
+        raise ValueError(
+            f"optimizer.precision is {config.optimizer.precision}, whose weights are bf16, and "
+            f"model.dtype is {config.model.dtype}: set model.dtype to bfloat16, or keep fp32_master"
+        )
     outside = [s for s in config.run.checkpoint_steps if not 0 <= s <= config.run.num_steps]
     if outside:
         raise ValueError(

@@ -6,6 +6,7 @@ Also runs as one process: `python trainer/main.py RECIPE`. `RECIPE --help` expla
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,7 +19,11 @@ except ModuleNotFoundError as error:
 from longcot.trainer.recipes import RECIPES
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` does not need it
+    from collections.abc import Callable
+
     from longcot.data.loader import StepLoader
+    from longcot.data.rules import Rules
+    from longcot.data.sources import Source
     from longcot.data.tokenized import TokenizedDataset
     from longcot.trainer.model import Decoder
     from longcot.trainer.parallel import World
@@ -55,7 +60,7 @@ def run(recipe: str, config: Config) -> None:
     """
     import torch
 
-    from longcot.data.files import check_manifest, write_json_atomic
+    from longcot.data.files import write_json_atomic
     from longcot.trainer.checkpoints import save_model
     from longcot.trainer.loop import StepResult, train
     from longcot.trainer.metrics import StepLog
@@ -63,12 +68,10 @@ def run(recipe: str, config: Config) -> None:
     from longcot.trainer.parallel import start_world
 
     started = time.perf_counter()
-    data_identity = check_manifest(config.data.path, "build it with `python -m longcot.data`")
+    source, identity = find_data(config)
     raw = raw_config(config)
     world = start_world()
-    dataset = prepare(
-        recipe, config, data_identity["sha256"], raw["max_position_embeddings"], world
-    )
+    dataset = prepare(recipe, config, source, identity, raw["max_position_embeddings"], world)
     if dataset is None:
         return
     folder, num_steps, settings = config.run.folder, config.run.num_steps, config.optimizer
@@ -79,8 +82,11 @@ def run(recipe: str, config: Config) -> None:
         beta1=settings.beta1,
         beta2=settings.beta2,
         weight_decay=settings.weight_decay,
+        precision=settings.precision,
+        seed=config.run.seed,
+        rank=world.rank,
     )
-    loader = build_loader(config, world, dataset)
+    loader = build_loader(config, world, dataset, raw)
     log = StepLog(folder / "metrics.jsonl", num_steps) if is_first_rank() else None
 
     def save(step: int) -> None:
@@ -94,7 +100,10 @@ def run(recipe: str, config: Config) -> None:
                 dtype=getattr(torch, config.run.checkpoint_dtype),
             )
 
+    profile = make_profiler(config, world)
+
     def after_step(result: StepResult) -> None:
+        profile(result.step)
         if log:
             log.write(result, waited_seconds=loader.take_waited_seconds())
         save(result.step)
@@ -112,6 +121,7 @@ def run(recipe: str, config: Config) -> None:
         )
 
     save(0)
+    profile(0)
     train(
         model,
         optimizer,
@@ -120,6 +130,7 @@ def run(recipe: str, config: Config) -> None:
         max_gradient_norm=settings.max_gradient_norm,
         device=world.device,
         after_step=after_step,
+        skips_not_finite=config.run.on_not_finite == "skip",
     )
     if log:
         log.close()
@@ -128,33 +139,115 @@ def run(recipe: str, config: Config) -> None:
         print(f"finished {num_steps} steps in {seconds:.1f} s: {folder}")
 
 
+def find_data(config: Config) -> "tuple[Source | None, dict[str, str] | None]":
+    """(the files to train on, checksums of all that `longcot.data` built), found sound before
+    anything is made; None for a data set of the hub, which the first rank downloads, and for
+    checksums not made yet.
+    """
+    from longcot.data.files import check_manifest
+    from longcot.data.sources import open_source
+
+    data, identity = config.data, None
+    names = [name for name in ("manifest.json", "train.jsonl") if (data.path / name).is_file()]
+    if names and (data.path / "heldout.jsonl").is_file():
+        remedy = "build it with `python -m longcot.data`, or name the file with the rows itself"
+        identity = check_manifest(data.path, remedy)["sha256"]
+    if data.revision is not None and not data.path.exists():
+        return None, identity
+    source = open_source(
+        str(data.path), split=data.split, subset=data.subset, revision=data.revision
+    )
+    return source, identity
+
+
 def prepare(
-    recipe: str, config: Config, identity: dict[str, str], context_tokens: int, world: "World"
+    recipe: str,
+    config: Config,
+    source: "Source | None",
+    identity: dict[str, str] | None,
+    context_tokens: int,
+    world: "World",
 ) -> "TokenizedDataset | None":
-    """Make the run folder, return the tokenized rows; None where the run is already finished."""
+    """Make the run folder, return the tokenized rows; None where the run is already finished.
+
+    Raises:
+        ValueError: a row that the rules refuse, fewer rows than a step takes, another run's folder.
+    """
     import torch.distributed as dist
 
-    from longcot.data.tokenized import open_dataset, open_or_build
+    from longcot.data.sources import open_source, scan
+    from longcot.data.tokenized import key_digest, open_dataset, open_or_build
     from longcot.trainer.manifest import prepare_run_folder, write_manifest
 
     folder, data = config.run.folder, config.data
-    state = [prepare_run_folder(folder, config, identity) if is_first_rank() else ""]
-    dist.broadcast_object_list(state)
+    tokenized = data.tokenized or folder / "tokenized"
+    # Gloo, for days: tokenizing may outlast the minutes that a collective is given.
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    assert not isinstance(waiting, int), "every rank is in the group"
+    state = ["", ""]
+    if is_first_rank():
+        source = source or open_source(
+            str(data.path), split=data.split, subset=data.subset, revision=data.revision
+        )
+        scanned = scan(source)
+        identity = identity or scanned.digests
+        state[0] = prepare_run_folder(folder, config, identity)
+        if state[0] != "finished":
+            write_manifest(
+                folder, recipe=recipe, config=config, data_identity=identity,
+                device=world.describe(),
+            )  # fmt: skip
+            dataset = open_or_build(
+                tokenized,
+                scanned,
+                tokenizer_path=tokenizer_path(config),
+                max_tokens=min(data.tokens_per_pack, context_tokens),
+                rules=rules(config),
+                num_processes=data.num_processes,
+            )
+            check_rows(len(dataset), data.sequences_per_step)
+            state[1] = key_digest(dataset.manifest)
+    dist.broadcast_object_list(state, group=waiting)  # the others read what rank 0 wrote
     if state[0] == "finished":
         say(f"{folder} holds this run, finished: kept")
         return None
-    if is_first_rank():
-        write_manifest(
-            folder, recipe=recipe, config=config, data_identity=identity, device=world.describe()
+    dataset = open_dataset(tokenized)
+    if key_digest(dataset.manifest) != state[1]:
+        raise ValueError(
+            f"{tokenized} was replaced by a run with other data or rules: give each its own "
+            "data.tokenized"
         )
-        open_or_build(
-            folder / "tokenized",
-            source=data.path / "train.jsonl",
-            tokenizer_path=tokenizer_path(config),
-            max_tokens=min(data.tokens_per_pack, context_tokens),
+    return dataset
+
+
+def rules(config: Config) -> "Rules":
+    """How rows become token ids, in the words of `longcot.data`."""
+    from longcot.data.rules import Rules
+
+    data = config.data
+    return Rules(
+        template=data.template,
+        response=data.response,
+        targets=data.targets,
+        over_long=data.over_long,
+        on_bad_row=data.on_bad_row,
+        duplicates=data.duplicates,
+        prompt_column=data.prompt_column,
+        response_column=data.response_column,
+    )
+
+
+def check_rows(num_rows: int, sequences_per_step: int) -> None:
+    """Refuse data that one step would go through more than once.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if num_rows < sequences_per_step:
+        raise ValueError(
+            f"the data has {num_rows} usable rows, data.sequences_per_step is "
+            f"{sequences_per_step}: a step would take rows twice, lower it to at most {num_rows}"
         )
-    dist.barrier()  # the others read what rank 0 wrote
-    return open_dataset(folder / "tokenized")
 
 
 def build_model(
@@ -163,12 +256,15 @@ def build_model(
     """The sharded model with its first weights; prints what will run."""
     import torch
 
+    from longcot.data.chat import marked
+    from longcot.data.tokenized import describe
     from longcot.kernels.attention import choose_backend
     from longcot.kernels.softmax_gradient import choose_form, prove_form
     from longcot.trainer import weights
     from longcot.trainer.activations import keep_activations
     from longcot.trainer.families import decoder_config
     from longcot.trainer.model import Decoder
+    from longcot.trainer.optimizer import weight_dtype
     from longcot.trainer.parallel import shard
 
     dtype = getattr(torch, config.model.dtype)
@@ -178,6 +274,7 @@ def build_model(
     prove_form(form, shape.vocab_size, world.device, dtype)
     with torch.device("meta"):  # no process ever holds a whole model
         model = Decoder(shape, backend)
+    model.to(weight_dtype(config.optimizer.precision))
     keep_activations(model, config.model.activations)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     shard(model, world.mesh, dtype)
@@ -187,24 +284,24 @@ def build_model(
     else:
         weights.load(model, config.model.path)
 
-    dropped = dataset.manifest["dropped"]
+    described = "\n    ".join(["data:", *describe(dataset)])
     epochs = config.run.num_steps * config.data.sequences_per_step / len(dataset)
     say(
         f"{recipe}: {num_parameters:,} parameters ({config.model.path or 'random weights'}) on "
-        f"{world.describe()}, {config.model.dtype} matmuls, fp32 masters and states\n"
+        f"{world.describe()}, {config.model.dtype} matmuls, "
+        f"optimizer {config.optimizer.precision}\n"
         f"attention: {backend} ({why})\n"
         f"head: softmax {form} ({form_why}); activations: {config.model.activations}\n"
-        f"data: {len(dataset):,} rows, {dataset.lengths.sum():,} tokens, "
-        f"{len(dropped):,} rows dropped"
-        f"{''.join(f'; {row}' for row in dropped[:3])}; {epochs:.2f} epochs\n"
-        f"one row, what is learnt between the quotes:\n{dataset.manifest['example']}"
+        f"{described}\n"
+        f"    {epochs:.2f} epochs\n"
+        f"one row, what is learnt between the quotes:\n{marked(dataset.manifest['example'])}"
     )
     return model
 
 
 def tokenizer_path(config: Config) -> Path:
     """A base brings its tokenizer; a model from random weights uses the one of its data."""
-    return config.model.path or config.data.path / "tokenizer"
+    return config.model.path or config.data.tokenizer or config.data.path / "tokenizer"
 
 
 def raw_config(config: Config) -> dict[str, Any]:
@@ -213,15 +310,16 @@ def raw_config(config: Config) -> dict[str, Any]:
     from longcot.data.model_files import model_config
     from longcot.trainer.families import check_vocabulary, decoder_config, qwen3_config
 
+    needs_template = rules(config).needs_chat_template
     if config.model.path is not None:
         raw = model_config(config.model.path)
         decoder_config(raw)  # refuses what is not implemented
-        tokenizer = load_tokenizer(str(tokenizer_path(config)))
+        tokenizer = load_tokenizer(str(tokenizer_path(config)), needs_chat_template=needs_template)
         padding = check_vocabulary(raw, len(tokenizer), tokenizer.eos_token_id)
         if padding:
             say(padding)
         return raw
-    tokenizer = load_tokenizer(str(tokenizer_path(config)))
+    tokenizer = load_tokenizer(str(tokenizer_path(config)), needs_chat_template=needs_template)
     shape = config.model
     return qwen3_config(
         # A multiple of 64 rows: even shards, and sizes that matmuls like.
@@ -239,21 +337,41 @@ def raw_config(config: Config) -> dict[str, Any]:
     )
 
 
-def build_loader(config: Config, world: "World", dataset: "TokenizedDataset") -> "StepLoader":
+def make_profiler(config: Config, world: "World") -> "Callable[[int], None]":
+    """Called with 0 before training and with each step's number after it."""
+    if config.run.profile is None:
+        return lambda step: None
+    from longcot.trainer.profiling import parse_steps, profile_steps
+
+    first, last = parse_steps(config.run.profile)
+    if last > config.run.num_steps:
+        raise ValueError(
+            f"run.profile is {config.run.profile}, but there are {config.run.num_steps} steps"
+        )
+    return profile_steps(config.run.folder, first, last, world.rank, world.device)
+
+
+def build_loader(
+    config: Config, world: "World", dataset: "TokenizedDataset", raw: dict[str, Any]
+) -> "StepLoader":
     """This rank's packs of every step."""
     from longcot.data.loader import StepLoader
     from longcot.data.packing import StepPlan, plan_step
+    from longcot.trainer.families import decoder_config
+    from longcot.trainer.flops import document_flops
 
-    data = config.data
+    data, cost = config.data, document_flops(decoder_config(raw))
+    lengths = dataset.lengths
 
     def plan(step: int) -> StepPlan:
         return plan_step(
             step,
-            lengths=dataset.lengths,
-            num_targets=dataset.lengths - dataset.prompt_lengths,
+            lengths=lengths,
+            num_targets=dataset.num_targets,
             sequences_per_step=data.sequences_per_step,
             tokens_per_pack=data.tokens_per_pack,
             world_size=world.size,
+            cost=cost,
             seed=data.seed if data.shuffle else None,
         )
 
@@ -295,6 +413,9 @@ def main() -> None:
     rank = os.environ.get("RANK", "0")
     try:
         run(recipe, config)
+    except ChildProcessError as error:  # an OSError to Python, but not one of the disk
+        print(f"trainer/main.py, rank {rank}: {error}", file=sys.stderr)
+        leave_world(1)
     except OSError as error:
         # The rank that failed speaks, whichever it is; torchrun ends the others.
         remedy = "free some space, or choose another --run.folder"

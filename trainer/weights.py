@@ -365,7 +365,7 @@ def _write_config(
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if not (folder / "generation_config.json").exists():
-        end = load_tokenizer(str(tokenizer_path)).eos_token_id
+        end = load_tokenizer(str(tokenizer_path), needs_chat_template=False).eos_token_id
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}) + "\n")
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from longcot.data.batch import pack_documents
+from longcot.data.batch import pack_documents, prompt_mask
 from longcot.kernels.linear_cross_entropy import linear_cross_entropy
 from longcot.trainer import weights
 from longcot.trainer.model import Decoder, DecoderConfig
@@ -36,7 +36,10 @@ def main(out: Path) -> None:
     weights.initialize(model, 7)
     generator = np.random.default_rng(world.rank)
     batches = [
-        pack_documents([generator.integers(0, 131, length) for length in lengths], [1, 4])
+        pack_documents(
+            [generator.integers(0, 131, length) for length in lengths],
+            [prompt_mask(length, prompt) for length, prompt in zip(lengths, (1, 4), strict=True)],
+        )
         for lengths in ((30, 47), (61, 9))
     ]
     head_weight = model.embedding.weight if model.head is None else model.head.weight

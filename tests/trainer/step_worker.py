@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from longcot.data.batch import pack_documents
-from longcot.data.packing import plan_step
+from longcot.data.batch import pack_documents, prompt_mask
+from longcot.data.packing import CostModel, plan_step
 from longcot.trainer import weights
 from longcot.trainer.loop import train_step
 from longcot.trainer.model import Decoder, DecoderConfig
@@ -52,18 +51,19 @@ def main(out: Path, packing: str) -> None:
         lengths=lengths,
         num_targets=lengths - prompts,
         sequences_per_step=8,
-        tokens_per_pack=200 if packing == "packed" else 120,
+        tokens_per_pack=200,
         world_size=world.size,
+        cost=CostModel(linear=1.0, quadratic=0.0),
         seed=None,
     )
     packs = plan.packs[world.rank]
     if packing == "single":
-        packs = tuple((i,) for pack in packs for i in pack)
-        counts = [len(packs)]
-        dist.all_reduce(most := torch.tensor(counts), op=dist.ReduceOp.MAX)
-        assert most.item() == counts[0], "the plan above gives both ranks as many documents"
+        packs = tuple((i,) for i in range(world.rank, len(lengths), world.size))
     batches = [
-        pack_documents([documents[i] for i in pack], [prompts[i] for i in pack]) for pack in packs
+        pack_documents(
+            [documents[i] for i in pack], [prompt_mask(lengths[i], prompts[i]) for i in pack]
+        )
+        for pack in packs
     ]
     optimizer = KeepGradients(model.parameters(), lr=1.0)
     loss, norm = train_step(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from longcot.data.batch import pack_documents
+from longcot.data.batch import pack_documents, prompt_mask
 from longcot.trainer.families import decoder_config, sources
 from longcot.trainer.model import Decoder
 
@@ -52,11 +52,13 @@ def theirs_of(folder, raw):
 
 def assert_same_logits(model, theirs):
     """Packed and one document at a time, to 1e-5."""
-    packed = model.logits(pack_documents(documents(), [1] * len(LENGTHS)))
+    packed = model.logits(
+        pack_documents(documents(), [prompt_mask(length, 1) for length in LENGTHS])
+    )
     for document, ours in zip(documents(), packed.split(LENGTHS), strict=True):
         with torch.no_grad():
             expected = theirs(torch.from_numpy(document)[None]).logits[0]
-        single = model.logits(pack_documents([document], [1]))
+        single = model.logits(pack_documents([document], [prompt_mask(len(document), 1)]))
         assert expected.abs().max() > 1  # else 1e-5 would say little
         assert (single - expected).abs().max() < 1e-5
         assert (ours - expected).abs().max() < 1e-5
@@ -70,7 +72,7 @@ def test_parity_with_transformers_logits(raw, build, export, tmp_path):
 def test_parity_with_transformers_gradients(raw, build, export, tmp_path):
     model = build(raw)
     theirs = theirs_of(export(model, raw, tmp_path / "model", torch.float32), raw)
-    model(pack_documents(documents(), [1] * len(LENGTHS))).backward()
+    model(pack_documents(documents(), [prompt_mask(length, 1) for length in LENGTHS])).backward()
     for document in documents():
         ids = torch.from_numpy(document)
         logits = theirs(ids[None]).logits[0, :-1]

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -80,6 +82,26 @@ def test_bfloat16_matmuls_follow_the_float32_losses_within_their_rounding(data_p
     losses = [[row["loss"] for row in rows(f)] for f in (finished, folder)]
     assert losses[1] != losses[0]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["bf16_stochastic", "paper"])
+def test_weights_in_bfloat16_follow_the_losses_of_fp32_masters(precision, data_path, finished):
+    folder = finished.parent / precision
+    flags = ("--model.dtype", "bfloat16", "--optimizer.precision", precision)
+    done = start(data_path, folder, *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"optimizer {precision}" in done.stdout
+    losses = [[row["loss"] for row in rows(f)] for f in (finished, folder)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
+def test_recomputing_and_offloading_change_no_loss(data_path, finished):
+    for activations in ("selective", "offload"):
+        folder = finished.parent / activations
+        done = start(data_path, folder, "--model.activations", activations)
+        assert done.returncode == 0, done.stderr
+        for ours, theirs in zip(rows(folder), rows(finished), strict=True):
+            assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
 
 
 def test_a_run_directory_tells_what_ran(data_path, finished):
@@ -239,8 +261,36 @@ def test_rows_that_do_not_fit_are_dropped_and_listed(data_path, tmp_path):
     folder = tmp_path / "run"
     done = start(data_path, folder, "--data.tokens-per-pack", 256, ranks=None)
     assert done.returncode == 0, done.stderr
-    ledger = json.loads((folder / "tokenized" / "manifest.json").read_text())["dropped"]
+    lines = (folder / "tokenized" / "ledger.jsonl").read_text().splitlines()
+    ledger = [json.loads(line) for line in lines]
     assert ledger and all(
         row["tokens"] > 256 and "longer than 256" in row["reason"] for row in ledger
     )
     assert f"{len(ledger)} rows dropped" in done.stdout and ledger[0]["id"] in done.stdout
+
+
+def test_rows_of_other_columns_are_trained_on_and_too_few_are_refused(data_path, tmp_path):
+    """The paper's columns in Parquet, weights included; a step takes no row twice."""
+    lines = (data_path / "train.jsonl").read_text().splitlines()[:20]
+    examples = [
+        {"message": row["messages"], "response": row["response"], "advantage": 0.5}
+        for row in map(json.loads, lines)
+    ]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(examples), path)
+    flags = ["--data.tokenizer", data_path / "tokenizer", "--run.num-steps", 1,
+             "--run.checkpoint-steps", 1, "--data.tokenized", tmp_path / "shared"]  # fmt: skip
+    done = start(path, tmp_path / "few", *flags, "--data.sequences-per-step", 21, ranks=2)
+    assert done.returncode == 1
+    assert "the data has 20 usable rows, data.sequences_per_step is 21" in done.stderr
+    steps = ["--data.sequences-per-step", 20]
+    done = start(path, tmp_path / "half", *flags, *steps, ranks=2)
+    assert done.returncode == 0, done.stderr
+    whole = tmp_path / "whole.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([row | {"advantage": 1.0} for row in examples]), whole
+    )
+    done = start(whole, tmp_path / "whole", *flags[:-2], *steps, ranks=1)
+    assert done.returncode == 0, done.stderr
+    half, full = (rows(tmp_path / name)[0]["loss"] for name in ("half", "whole"))
+    assert half == pytest.approx(full / 2, rel=1e-5)

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from longcot.data.batch import pack_documents
+from longcot.data.batch import pack_documents, prompt_mask
+from longcot.data.packing import StepPlan
 from longcot.trainer import weights
 from longcot.trainer.families import decoder_config, qwen3_config
-from longcot.trainer.loop import train_step
+from longcot.trainer.loop import StepResult, train, train_step
 from longcot.trainer.model import Decoder
 from longcot.trainer.optimizer import build_adamw
 from longcot.trainer.parallel import shard
@@ -64,7 +66,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights_as_they_were():
     mesh = init_device_mesh("cpu", (1,))
     shard(model, mesh, torch.float32)
     weights.initialize(model, 0)
-    batch = pack_documents([np.arange(1, 20)], [3])
+    batch = pack_documents([np.arange(1, 20)], [prompt_mask(19, 3)])
     optimizer = build_adamw(
         model.parameters(), learning_rate=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1
     )
@@ -86,6 +88,55 @@ def test_a_step_that_is_not_finite_leaves_the_weights_as_they_were():
         if name == "norm.weight":
             kept[5] = math.inf  # put there by hand above
         assert torch.equal(weights.local_rows(parameter)[0], kept), name
+
+
+def run_three_steps(**options):
+    """The second step's second pack has an infinite loss; what each step gave, and the weights."""
+    model = Decoder(decoder_config(CONFIG), "sdpa")
+    shard(model, init_device_mesh("cpu", (1,)), torch.float32)
+    weights.initialize(model, 0)
+    good = pack_documents([np.arange(1, 20)], [prompt_mask(19, 3)])
+    bad = replace(good, weights=torch.full((19,), math.inf))
+    plan = StepPlan(packs=(((7,), (4, 5)),), num_tokens=38, num_targets=2 * good.num_targets)
+    results: list[StepResult] = []
+    states = []
+
+    def after_step(result):
+        results.append(result)
+        states.append([weights.local_rows(p)[0].clone() for p in model.parameters()])
+
+    optimizer = build_adamw(
+        model.parameters(), learning_rate=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1
+    )
+    try:
+        train(
+            model,
+            optimizer,
+            [(plan, [good, good]), (plan, [good, bad]), (plan, [good, good])],
+            learning_rate=lambda step: 0.1,
+            max_gradient_norm=1.0,
+            device=torch.device("cpu"),
+            after_step=after_step,
+            **options,
+        )
+    except FloatingPointError as error:
+        return results, states, str(error)
+    return results, states, ""
+
+
+def test_a_step_that_is_not_finite_ends_the_run_and_names_its_rows():
+    results, _, said = run_three_steps()
+    assert len(results) == 1
+    assert said.startswith("step 2: loss inf") and "rows 4, 5 (rank 0, pack 1)" in said
+
+
+def test_or_is_skipped_where_that_is_asked_for():
+    results, states, said = run_three_steps(skips_not_finite=True)
+    assert said == "" and [result.is_skipped for result in results] == [False, True, False]
+    for before, after, later in zip(*states, strict=True):
+        assert torch.equal(before, after) and not torch.equal(after, later)
+    # Nothing of the skipped step is left in the third: it is the second of a run without it.
+    assert results[2].loss < results[0].loss
 
 
 def test_the_loss_is_the_mean_over_all_targets_not_a_mean_of_means(steps):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from longcot.data.batch import pack_documents
+from longcot.data.batch import pack_documents, prompt_mask
 from longcot.data.model_files import model_config
 from longcot.trainer import weights
 from longcot.trainer.families import decoder_config
@@ -27,7 +27,10 @@ def ours(folder: Path, prompts: list[list[int]], dtype: torch.dtype) -> list[tor
     model = Decoder(decoder_config(model_config(folder)), "sdpa")
     weights.load(model, folder)
     model.to(dtype)
-    batch = pack_documents([np.array(prompt) for prompt in prompts], [1] * len(prompts))
+    batch = pack_documents(
+        [np.array(prompt) for prompt in prompts],
+        [prompt_mask(len(prompt), 1) for prompt in prompts],
+    )
     logprobs = model.logits(batch).float().log_softmax(-1)
     chosen = logprobs.gather(1, batch.targets.clamp(min=0)[:, None]).squeeze(1)
     lengths = [len(prompt) for prompt in prompts]
