@@ -319,6 +319,11 @@ def raw_config(config: Config) -> dict[str, Any]:
         if padding:
             say(padding)
         return raw
+    if not tokenizer_path(config).is_dir():
+        raise ValueError(
+            f"{tokenizer_path(config)} does not exist: set data.tokenizer to a tokenizer's folder "
+            "to train from random weights, or model.path to a base that brings its own"
+        )
     tokenizer = load_tokenizer(str(tokenizer_path(config)), needs_chat_template=needs_template)
     shape = config.model
     return qwen3_config(
