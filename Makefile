@@ -81,6 +81,7 @@ bench: install ## the benchmarks
 	$(BIN)/python -m longcot.kernels
 	$(BIN)/python -m longcot.benchmarks linear_cross_entropy
 	$(BIN)/python -m longcot.benchmarks packing
+	$(BIN)/python -m longcot.benchmarks tokenizing
 	$(BIN)/python -m longcot.benchmarks weights
 
 clean: ## remove .venv, build products and caches; runs/ stays

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from ..data.byte_pairs import PATTERNS
 from ..data.chat import load_tokenizer
 from ..data.examples import Example, write_examples
 from ..data.files import write_json_atomic
@@ -36,11 +37,6 @@ from .timing import environment, race, spread
 
 VOCABULARY = 32_000
 MIN_CHARACTERS, MAX_CHARACTERS = 3_000, 40_000
-# Of Qwen2.5 and Qwen3.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 CPU = torch.device("cpu")
 REQUIRED_RATIO = 1.2
 PACKAGES = ("tokenizers", "tiktoken", "transformers", "datasets", "pyarrow")
@@ -121,7 +117,7 @@ def make_rows(folder: Path, num_rows: int) -> int:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(PATTERNS["qwen"]), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -12,8 +12,9 @@ of t, merges are never undone, and so within t the same merges were made as in t
 ends with t's own listed pair: x, y is that pair, and by 1 both take it at the same time.
 
 Both conditions are checked on the vocabulary, and the tokenizer's other parts are compared with
-what tiktoken does. That both regular expression engines split alike was tested for every character
-of Unicode (tests/data/test_byte_pairs.py).
+what tiktoken does. The two regular expression engines are not one: only patterns are taken by
+which they were seen to split alike, every character of Unicode included
+(tests/data/test_byte_pairs.py).
 """
 
 import itertools
@@ -25,8 +26,16 @@ import numpy as np
 import tiktoken
 from tokenizers import Tokenizer
 
-# tokenizers' ByteLevel, where it splits by itself; GPT-2's.
-_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    # tokenizers' ByteLevel, where it splits by itself.
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    # Qwen2, Qwen2.5 and Qwen3.
+    "qwen": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+"""Those by which both engines were seen to split alike."""
 
 
 def find_encoding(tokenizer: Any) -> tuple[tiktoken.Encoding | None, str]:
@@ -38,6 +47,8 @@ def find_encoding(tokenizer: Any) -> tuple[tiktoken.Encoding | None, str]:
     pattern = _pattern(parts["pre_tokenizer"])
     if pattern is None or (parts["decoder"] or {}).get("type") != "ByteLevel":
         return None, "the tokenizer is not of bytes, split by one pattern"
+    if pattern not in PATTERNS.values():
+        return None, "its pattern is not one by which both were seen to split alike"
     if model["type"] != "BPE" or any(
         model.get(name)
         for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
@@ -78,7 +89,7 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
         return None
     if len(steps) == 1 and last["use_regex"]:
-        return _GPT2_PATTERN
+        return PATTERNS["gpt2"]
     if len(steps) == 2 and not last["use_regex"]:
         split = steps[0]
         if split["type"] == "Split" and (split["behavior"], split["invert"]) == ("Isolated", False):

@@ -9,16 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from longcot.data.byte_pairs import encode_text, find_encoding
+from longcot.data.byte_pairs import PATTERNS, encode_text, find_encoding
 from longcot.data.chat import load_tokenizer
 from longcot.data.tokenizer import train_tokenizer
 
-PATTERNS = {
-    "qwen": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
 # Words, code, runs of blanks, signs and letters of several scripts, so that many merges are learnt.
 CORPUS = [
     "".join(f"    for i{n} in range({n}): # it's {n * n}\n\n\treturn aab{'ab' * (n % 7)}  \n"
@@ -81,11 +75,12 @@ def test_any_text_gives_the_same_ids(both, parts):
     assert_equal(both, ["".join(parts)])
 
 
-def test_every_character_is_split_alike(both):
-    """In words, between digits, before breaks, behind an apostrophe; planes 0, 1 and the tags."""
-    characters = [
-        chr(c) for c in [*range(0xD800), *range(0xE000, 0x14000), *range(0xE0000, 0xE0200)]
-    ]
+@pytest.mark.parametrize(
+    "stop", [0x3400, pytest.param(0x110000, marks=pytest.mark.slow)], ids=["to CJK", "all"]
+)
+def test_every_character_is_split_alike(both, stop):
+    """In words, between digits, before breaks, behind an apostrophe."""
+    characters = [chr(c) for c in range(stop) if not 0xD800 <= c < 0xE000]
     contexts = [f"a{c}b 1{c}2 {c}{c}\n{c} '{c}{c}\t" for c in characters]
     # Many in one text: a call for each would take minutes.
     assert_equal(both, ["".join(contexts[i : i + 200]) for i in range(0, len(contexts), 200)])
@@ -130,6 +125,12 @@ def drop_merge(parts):
         (lambda p: p["pre_tokenizer"]["pretokenizers"][0].update(invert=True), "not of bytes"),
         (lambda p: p["added_tokens"][3].update(lstrip=True), "takes its neighbours along"),
         (lambda p: p["added_tokens"][3].update(content="<|im"), "added tokens overlap"),
+        (
+            lambda p: p["pre_tokenizer"]["pretokenizers"][0].update(
+                pattern={"Regex": r"\\s+|\\S+"}
+            ),
+            "its pattern is not one",
+        ),
         (lambda p: p["model"].update(dropout=0.1), "not plain byte-pair encoding"),
     ],
 )
