@@ -27,12 +27,14 @@ MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 2**20, 16 * 2**20
 """Of the source in one chunk: what one process takes at a time, and what an interruption costs."""
 CHUNKS = 64
 """Of a source between the two, so that no process works alone for long at the end."""
-_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 _BATCH_ROWS = 64
 # A process skips the rows before its chunk, which decodes them: chunks of a row group are few.
 _MAX_CHUNKS_PER_GROUP = 16
 
 Kind = Literal["jsonl", "parquet", "arrow"]
+_SUFFIXES: dict[str, Kind] = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +182,7 @@ def _folder_source(path: str, folder: Path, split: str) -> Source:
 
 
 def _file_source(path: str, files: list[Path], root: Path) -> Source:
-    kinds = {file.suffix: _SUFFIXES.get(file.suffix) for file in files}
+    kinds: dict[str, Kind | None] = {file.suffix: _SUFFIXES.get(file.suffix) for file in files}
     unknown = [suffix or "none" for suffix, kind in kinds.items() if kind is None]
     if unknown:
         raise ValueError(
@@ -197,7 +199,7 @@ def _file_source(path: str, files: list[Path], root: Path) -> Source:
         for file in files
         for resolved in [file.parent.resolve() / file.name]
     ]
-    return Source(path=path, kind=kind, files=tuple(files), names=tuple(names))  # type: ignore[arg-type]
+    return Source(path=path, kind=kind, files=tuple(files), names=tuple(names))
 
 
 def _arrow_source(path: str, files: list[Path], revision: str | None) -> Source:

@@ -194,9 +194,29 @@ def check(config: Config) -> None:
             f"optimizer.precision is {config.optimizer.precision}, whose weights are bf16, and "
             f"model.dtype is {config.model.dtype}: set model.dtype to bfloat16, or keep fp32_master"
         )
+    profiled_steps(config)
     outside = [s for s in config.run.checkpoint_steps if not 0 <= s <= config.run.num_steps]
     if outside:
         raise ValueError(
             f"run.checkpoint_steps names {outside}, outside 0 to run.num_steps "
             f"{config.run.num_steps}"
         )
+
+
+def profiled_steps(config: Config) -> tuple[int, int] | None:
+    """(first, last) of `run.profile`, both of them profiled, steps counted from 1.
+
+    Raises:
+        ValueError: it is not two steps of the run.
+    """
+    text = config.run.profile
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    is_range = first.isdecimal() and last.isdecimal()
+    if not (is_range and 1 <= int(first) <= int(last) <= config.run.num_steps):
+        raise ValueError(
+            f"run.profile is {text!r}: give START:END, the first and the last step to profile, "
+            f"counted from 1 to the run's {config.run.num_steps}, as in 5:7"
+        )
+    return int(first), int(last)

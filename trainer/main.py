@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 try:
-    from longcot.trainer.config import Config, check
+    from longcot.trainer.config import Config, check, profiled_steps
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("longcot"):
         raise
@@ -344,16 +344,12 @@ def raw_config(config: Config) -> dict[str, Any]:
 
 def make_profiler(config: Config, world: "World") -> "Callable[[int], None]":
     """Called with 0 before training and with each step's number after it."""
-    if config.run.profile is None:
+    steps = profiled_steps(config)
+    if steps is None:
         return lambda step: None
-    from longcot.trainer.profiling import parse_steps, profile_steps
+    from longcot.trainer.profiling import profile_steps
 
-    first, last = parse_steps(config.run.profile)
-    if last > config.run.num_steps:
-        raise ValueError(
-            f"run.profile is {config.run.profile}, but there are {config.run.num_steps} steps"
-        )
-    return profile_steps(config.run.folder, first, last, world.rank, world.device)
+    return profile_steps(config.run.folder, *steps, world.rank, world.device)
 
 
 def build_loader(

@@ -13,21 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 MAX_ALLOCATIONS = 1_000_000
 
 
-def parse_steps(text: str) -> tuple[int, int]:
-    """(first, last) of `START:END`, both of them profiled, steps counted from 1.
-
-    Raises:
-        ValueError: it is not two such numbers.
-    """
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise ValueError(
-            f"run.profile is {text!r}: give START:END, the first and the last step to profile, "
-            "counted from 1, as in 5:7"
-        )
-    return int(first), int(last)
-
-
 def profile_steps(
     folder: Path, first: int, last: int, rank: int, device: torch.device
 ) -> Callable[[int], None]:

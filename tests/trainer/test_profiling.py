@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from longcot.trainer.profiling import parse_steps, profile_steps
+from longcot.trainer.config import Config, RunSection, check, profiled_steps
+from longcot.trainer.profiling import profile_steps
 
 
 def test_the_trace_has_the_steps_asked_for_and_no_others(tmp_path):
@@ -23,8 +24,12 @@ def test_the_trace_has_the_steps_asked_for_and_no_others(tmp_path):
     assert {"step 2", "step 3"} <= names and not {"step 1", "step 4"} & names
 
 
-@pytest.mark.parametrize("text", ["3", "0:2", "4:3", "a:b", ":", "1:2:3"])
-def test_anything_but_two_steps_is_refused(text):
+def config(text):
+    return Config(run=RunSection(profile=text, num_steps=7, checkpoint_steps=()))
+
+
+@pytest.mark.parametrize("text", ["3", "0:2", "4:3", "a:b", ":", "1:2:3", "5:8"])
+def test_anything_but_two_steps_of_the_run_is_refused_before_it_starts(text):
     with pytest.raises(ValueError, match="give START:END"):
-        parse_steps(text)
-    assert parse_steps("5:7") == (5, 7)
+        check(config(text))
+    assert profiled_steps(config("5:7")) == (5, 7) and profiled_steps(config(None)) is None
